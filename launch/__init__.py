@@ -1,0 +1,1 @@
+"""Whatever starts a run: the command line."""

@@ -1,0 +1,1 @@
+"""Engines: who computes a step, on how many processes."""
