@@ -1,0 +1,98 @@
+"""The decode cache: the keys that some later query may still meet, and nothing else."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attention.clock import Clock, Stream
+from attention.lifetimes import FOREVER, Lifetimes
+
+
+class LivingKeys:
+    """Rows of (k, v) with their lifetimes, appended as tokens come and forgotten once nobody can meet them.
+
+    k [B, G, N, D], v [B, G, N, Dv], birth and death int32 [B, G, N]; heads that own fewer living rows than others
+    are padded with rows that are never alive.
+    """
+
+    def __init__(self, batch: int, device: torch.device) -> None:
+        self.stream = Stream(0, torch.zeros(batch, dtype=torch.int64, device=device))
+        self.rows: dict[str, Tensor] = {}
+        self.size = 0
+        self._check_at = 64  # counting the living costs a pass over the rows: amortise it by doubling
+
+    def extend(self, k: Tensor, v: Tensor, life: Lifetimes, clock: Clock) -> tuple[Tensor, Tensor, Lifetimes]:
+        """Add the new tokens' keys; returns all keys that the new queries may meet. Stored without gradient."""
+        if self.size == 0:
+            self._append(k, v, life)
+            return k, v, life
+        # The documents of earlier tokens end where the first new document begins.
+        ended = clock.first_start_B.to(torch.int32)[:, None, None]
+        old = {name: rows[:, :, : self.size] for name, rows in self.rows.items()}
+        torch.minimum(old["death"], ended, out=old["death"])
+        self._append(k, v, life)
+        rows = {name: rows[:, :, : self.size] for name, rows in self.rows.items()}
+        if not (k.requires_grad or v.requires_grad):
+            return rows["k"], rows["v"], Lifetimes(rows["birth"], rows["death"])
+        # Backward will read what it was given, so hand out copies that later tokens do not touch.
+        k, v = torch.cat([old["k"], k], 2), torch.cat([old["v"], v], 2)
+        return k, v, Lifetimes(rows["birth"].clone(), rows["death"].clone())
+
+    def advance(self, clock: Clock) -> None:
+        """The new tokens are done: move on, and forget who is dead by then."""
+        self.stream = clock.after(len(self.stream.start_B))
+        if self.size >= self._check_at:
+            self._forget()
+
+    def _append(self, k: Tensor, v: Tensor, life: Lifetimes) -> None:
+        batch, heads, new = k.shape[:3]
+        birth, death = (t.expand(batch, heads, new) for t in (life.birth, life.death))
+        added = {"k": k.detach(), "v": v.detach(), "birth": birth, "death": death}
+        if not self.rows:
+            self.rows = {name: rows.clone() for name, rows in added.items()}
+        else:
+            self._reserve(self.size + new)
+            for name, rows in added.items():
+                self.rows[name][:, :, self.size : self.size + new] = rows
+        self.size += new
+
+    def _reserve(self, size: int) -> None:
+        capacity = self.rows["k"].shape[2]
+        if size <= capacity:
+            return
+        for name, rows in self.rows.items():
+            larger = rows.new_empty(*rows.shape[:2], max(size, 2 * capacity), *rows.shape[3:])
+            larger[:, :, : self.size] = rows[:, :, : self.size]
+            self.rows[name] = larger
+
+    def _alive(self) -> Tensor:
+        return self.rows["death"][:, :, : self.size] > self.stream.now
+
+    def _forget(self) -> None:
+        alive = self._alive()
+        count = alive.sum(2, keepdim=True)
+        most = int(count.max())
+        if 2 * most < self.size:
+            order = (~alive).to(torch.int8).argsort(dim=2, stable=True)[:, :, :most]
+            padding = torch.arange(most, device=order.device) >= count
+            for name, rows in self.rows.items():
+                index = order if rows.dim() == 3 else order[..., None].expand(*order.shape, rows.shape[3])
+                self.rows[name] = rows[:, :, : self.size].gather(2, index)
+            self.rows["birth"].masked_fill_(padding, FOREVER)
+            self.rows["death"].masked_fill_(padding, 0)
+            self.size = most
+        self._check_at = max(64, 2 * self.size)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of keys and values of the living rows, over all sequences."""
+        if not self.rows:
+            return 0
+        per_row = sum(self.rows[name].shape[3] * self.rows[name].element_size() for name in ("k", "v"))
+        return int(self._alive().sum()) * per_row
+
+    @property
+    def capacity(self) -> int:
+        """Bytes allocated for keys and values, padding included."""
+        return sum(self.rows[name].numel() * self.rows[name].element_size() for name in ("k", "v") if self.rows)

@@ -1,0 +1,143 @@
+"""Two clocks for the new tokens of a row: time along the row, and position within the document.
+
+Lifetimes are written in time; grids (blocks, spans, strides) are drawn on positions, so that a document packed
+with others behaves exactly as it would alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attention.lifetimes import FOREVER
+from attention.mixer import Context
+from attention.ops.rotary import rotary_table
+
+
+@dataclass
+class Stream:
+    """How far a state has come: the time of its next token, and the time at which each row's document began."""
+
+    now: int
+    start_B: Tensor
+
+
+@dataclass
+class Clock:
+    """Times and positions of the new tokens; leading dimension 1 where all rows are alike.
+
+    now: time of the first one; time [1, T] int64; position [B or 1, T] int64; end [B or 1, T] int64: the time at
+    which the token's document ends, FOREVER while unknown, None if no document ends within the row.
+    """
+
+    now: int
+    time: Tensor
+    position: Tensor
+    end: Tensor | None
+    memo: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    @staticmethod
+    def plain(length: int, device: torch.device | None = None) -> Clock:
+        """One document per row, from its beginning."""
+        time = torch.arange(length, device=device)[None]
+        return Clock(0, time, time, None)
+
+    @property
+    def starts(self) -> Tensor:
+        """[B or 1, T]: the time at which each token's document began."""
+        return self.time - self.position
+
+    @property
+    def first_start_B(self) -> Tensor:
+        """[B or 1]: when the first document among the new tokens begins; FOREVER if none does."""
+        return torch.where(self.position == 0, self.time, FOREVER).amin(1)
+
+    def until(self, death: Tensor) -> Tensor:
+        """Nobody outlives its document: min(death, end) as int32 [B or 1, G or 1, T]; death int64 alike."""
+        if self.end is not None:
+            death = torch.minimum(death, self.end[:, None])
+        return death.clamp(max=FOREVER).to(torch.int32)
+
+    def rotary(self, dim: int, base: float) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the tokens' positions, computed once for all layers that rotate alike."""
+        if (dim, base) not in self.memo:
+            self.memo[dim, base] = rotary_table(self.position[:, None], dim, base)
+        return self.memo[dim, base]
+
+    def after(self, batch: int) -> Stream:
+        """Where the stream stands behind the new tokens."""
+        if self.now + self.time.shape[1] >= FOREVER:
+            raise ValueError(f"a state holds at most {FOREVER - 1} tokens")
+        last_start = (self.time[:, -1] - self.position[:, -1]).expand(batch)
+        return Stream(self.now + self.time.shape[1], last_start.clone())
+
+
+def read_clock(x: Tensor, ctx: Context | None, stream: Stream | None) -> Clock:
+    """The clock of the new tokens x [B, T, ...], from what the context says and the stream has seen.
+
+    Documents follow from either `positions` (a 0 begins one) or `document_ends`; what is not given goes on from
+    the stream. Raises ValueError for tensors of another shape than [B, T].
+    """
+    batch, length = x.shape[:2]
+    if ctx is None or (ctx.positions is None and ctx.document_ends is None):
+        if stream is None and ctx is not None:
+            return _memoised(ctx, length, x.device)
+        return _continue(length, stream, x.device)
+    for name, given in (("positions", ctx.positions), ("document_ends", ctx.document_ends)):
+        if given is not None and given.shape != (batch, length):
+            raise ValueError(f"ctx.{name} must have shape [{batch}, {length}], got {list(given.shape)}")
+    if stream is not None:
+        return _packed(ctx, batch, length, stream, x.device)
+    given = (ctx.positions, ctx.document_ends)
+    kept, clock = ctx.memo.get("packed", ((None, None), None))
+    if clock is None or any(a is not b for a, b in zip(kept, given, strict=True)):
+        clock = _packed(ctx, batch, length, None, x.device)
+        ctx.memo["packed"] = given, clock
+    return clock
+
+
+def _memoised(ctx: Context, length: int, device: torch.device) -> Clock:
+    key = ("plain", length, device)
+    if key not in ctx.memo:
+        ctx.memo[key] = Clock.plain(length, device)
+    return ctx.memo[key]
+
+
+def _continue(length: int, stream: Stream | None, device: torch.device) -> Clock:
+    if stream is None or stream.now == 0:
+        return Clock.plain(length, device)
+    time = torch.arange(stream.now, stream.now + length, device=device)[None]
+    return Clock(stream.now, time, time - stream.start_B[:, None], None)
+
+
+def _packed(ctx: Context, batch: int, length: int, stream: Stream | None, device: torch.device) -> Clock:
+    now = 0 if stream is None else stream.now
+    index = torch.arange(length, device=device)[None]
+    if ctx.document_ends is not None:
+        ends = ctx.document_ends.to(device, torch.int64)
+    else:
+        ends = _next_start(ctx.positions.to(device), index)  # type: ignore[union-attr]
+    if ctx.positions is not None:
+        position = ctx.positions.to(device, torch.int64)
+    else:
+        before = torch.zeros(batch, dtype=torch.int64, device=device) if stream is None else now - stream.start_B
+        position = _position(ends, index, before)
+    return Clock(now, index + now, position, torch.where(ends < length, ends + now, FOREVER))
+
+
+def _next_start(position: Tensor, index: Tensor) -> Tensor:
+    """[B, T]: the index of the next position 0 behind each token, T if there is none."""
+    length = position.shape[1]
+    start = torch.where(position == 0, index, length)
+    behind = torch.cat([start[:, 1:], start.new_full((len(start), 1), length)], 1)
+    return behind.flip(1).cummin(1).values.flip(1)
+
+
+def _position(ends: Tensor, index: Tensor, before: Tensor) -> Tensor:
+    """Positions from document ends: a document begins where the one before it ends; the first goes on."""
+    begins = torch.cat([torch.zeros_like(ends[:, :1], dtype=torch.bool), ends[:, :-1] == index[:, 1:]], 1)
+    start = torch.where(begins, index, -before[:, None]).cummax(1).values
+    return index - start

@@ -1,0 +1,226 @@
+"""The contract of a sequence mixer, and the registry of all of them.
+
+A mixer maps x [B, T, d] to y [B, T, d], position by position, and may look only backwards. A new one is one file
+in this folder: a class with `@register(name)` and a dataclass `Config`. Nothing else has to know about it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+Causality = Literal["strict", "selects_ahead"]
+
+
+@dataclass
+class Context:
+    """What a mixer may know about its tokens besides their vectors. Every field is optional.
+
+    positions: int [B, T], counted from the start of each token's document.
+    document_ends: int [B, T], for each token the index in this row one past its document's last token;
+        T or more: the document goes on in the next segment.
+    initial, residual: [B, T, d], of the new tokens only: the embedding output, and the residual stream before
+        the norm.
+    training: overrides the module's own training flag.
+    """
+
+    positions: Tensor | None = None
+    document_ends: Tensor | None = None
+    initial: Tensor | None = None
+    residual: Tensor | None = None
+    training: bool | None = None
+    memo: dict[Any, Any] = field(default_factory=dict, repr=False)
+    """Values that every layer of one forward pass would compute alike (clock, rotary table)."""
+
+    def of_layer(self, residual: Tensor) -> Context:
+        """The same context with the residual stream of one layer."""
+        return dataclasses.replace(self, residual=residual)
+
+
+class MixerOutput(typing.NamedTuple):
+    """y [B, T, d]; auxiliary losses by name, scalars, already weighted."""
+
+    y: Tensor
+    losses: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one sequence of T tokens costs in a forward pass.
+
+    parameters: numbers; flops: 2 per multiply-add; pairs: (query, living key) pairs, summed over query heads;
+    state_bytes: what decoding holds after T tokens.
+    """
+
+    parameters: int
+    flops: float
+    pairs: float
+    state_bytes: float
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+
+
+class State(typing.Protocol):
+    """What a mixer remembers of the tokens it has seen: living keys and scan states, nothing else.
+
+    bytes: of the living rows of all sequences, what `Cost.state_bytes` states for one; capacity: as allocated.
+    """
+
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def capacity(self) -> int: ...
+
+
+class Mixer(nn.Module):
+    """A sequence mixer over vectors of `dim`; subclasses are made by `build` from their `Config`."""
+
+    Config: ClassVar[type[Any]]
+    causality: Causality = "strict"
+
+    @abstractmethod
+    def forward(self, x: Tensor, ctx: Context | None = None, state: Any = None) -> MixerOutput:
+        """Mix x [B, T, d]. Without `ctx`: one unpacked document per row, starting at position 0.
+
+        With `state` the tokens go on from those it has seen; it is updated in place, and gradients do not flow
+        into it. Prefill, decoding token by token and carrying a state across segments are this same call.
+        """
+
+    @abstractmethod
+    def init_state(self, batch: int) -> Any:
+        """An empty state for `batch` sequences."""
+
+    @abstractmethod
+    def cost(self, length: int) -> Cost:
+        """The cost of one sequence of `length` tokens, from the definition of the mixer alone."""
+
+    def after_step(self, skipped: bool = False) -> None:  # noqa: B027 - most mixers learn nothing online
+        """Move what is learnt online (centroids, codebooks) once per optimizer step; a skipped step drops it."""
+
+
+MIXERS: dict[str, type[Mixer]] = {}
+
+
+def register(name: str) -> Callable[[type[Mixer]], type[Mixer]]:
+    """Class decorator: make a mixer known as `kind: name`."""
+
+    def add(cls: type[Mixer]) -> type[Mixer]:
+        assert name not in MIXERS, f"two mixers are called {name}"
+        assert dataclasses.is_dataclass(cls.Config), f"{cls.__name__}.Config must be a dataclass"
+        MIXERS[name] = cls
+        return cls
+
+    return add
+
+
+def build(name: str, dim: int, **settings: Any) -> Mixer:
+    """A ready mixer. Raises ValueError with every problem of the settings at once."""
+    config, problems = read_settings(name, dim, settings)
+    if problems:
+        raise ValueError("; ".join(message for _, message in problems))
+    return MIXERS[name](dim, config)
+
+
+def read_settings(name: str, dim: int, settings: dict[str, Any]) -> tuple[Any, list[tuple[str, str]]]:
+    """The mixer's `Config` filled from `settings`, and every problem found as (setting, message)."""
+    if name not in MIXERS:
+        near = nearest(name, list(MIXERS))
+        return None, [("kind", f"no such mixer: {name}{near} ({', '.join(sorted(MIXERS))})")]
+    fields = {f.name: f for f in dataclasses.fields(MIXERS[name].Config)}
+    hints = typing.get_type_hints(MIXERS[name].Config)
+    problems = []
+    for key, value in settings.items():
+        if key not in fields:
+            names = ", ".join(fields)
+            problems.append((key, f"no such setting of {name}{nearest(key, list(fields))} ({names})"))
+        elif not _fits(value, hints[key]):
+            problems.append((key, f"{key} must be {type_in_words(hints[key])}, got {value!r}"))
+        else:
+            problems += [(key, message) for message in _range_problems(fields[key], value)]
+    if problems:
+        return None, problems
+    config = MIXERS[name].Config(**settings)
+    return config, config.problems(dim)
+
+
+def setting(default: Any, meaning: str, *, at_least: float | None = None, below: float | None = None) -> Any:
+    """A field of a mixer's `Config`: its default, what it means, and its range."""
+    return field(default=default, metadata={"meaning": meaning, "at_least": at_least, "below": below})
+
+
+def nearest(word: str, words: list[str]) -> str:
+    """`; did you mean x?` for the closest of the words, or nothing."""
+    close = difflib.get_close_matches(word, words, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def type_in_words(hint: Any) -> str:
+    """A type hint as a person would say it: `a whole number`, `fixed or strided`, `a number or null`."""
+    if typing.get_origin(hint) is Literal:
+        return " or ".join(map(str, typing.get_args(hint)))
+    if isinstance(hint, types.UnionType):
+        return " or ".join(type_in_words(part) for part in typing.get_args(hint))
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    return words[hint]
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if typing.get_origin(hint) is Literal:
+        return value in typing.get_args(hint)
+    if isinstance(hint, types.UnionType):
+        return any(_fits(value, part) for part in typing.get_args(hint))
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _range_problems(of: dataclasses.Field[Any], value: Any) -> list[str]:
+    if value is None or isinstance(value, bool | str):
+        return []
+    least, below = of.metadata.get("at_least"), of.metadata.get("below")
+    if least is not None and value < least:
+        return [f"{of.name} must be >= {least}, got {value}"]
+    if below is not None and value >= below:
+        return [f"{of.name} must be < {below}, got {value}"]
+    return []
+
+
+def residual_output(parameter: nn.Parameter) -> nn.Parameter:
+    """Tag a matrix that writes to the residual stream: the model scales its init by (2 layers)^-1/2."""
+    parameter.residual_output = True  # type: ignore[attr-defined]
+    return parameter
+
+
+def no_weight_decay(parameter: nn.Parameter) -> nn.Parameter:
+    """Tag a parameter that weight decay must leave alone (routers, gates; vectors are left alone anyway)."""
+    parameter.no_weight_decay = True  # type: ignore[attr-defined]
+    return parameter
+
+
+def init_fan_in(linear: nn.Linear) -> nn.Linear:
+    """Draw the weight from N(0, 1 / fan_in)."""
+    nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+    return linear
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Numbers in the module's parameters; works on the meta device."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def floating(x: Tensor) -> torch.dtype:
+    """At least float32: the dtype of islands that must not be rounded to 16 bits."""
+    return torch.promote_types(x.dtype, torch.float32)

@@ -1,0 +1,141 @@
+"""What the softmax mixers over tokens share: projections, rotary positions, the call of `attend`, the decode cache.
+
+A subclass says one thing only: how long each token's key lives.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attention.cache import LivingKeys
+from attention.clock import Clock, read_clock
+from attention.lifetimes import Lifetimes
+from attention.mixer import (
+    Context,
+    Cost,
+    Mixer,
+    MixerOutput,
+    init_fan_in,
+    parameter_count,
+    residual_output,
+    setting,
+)
+from attention.ops.attend import attend
+from attention.ops.rotary import apply_rotary
+
+
+@dataclass
+class AttentionConfig:
+    """Settings common to the softmax mixers."""
+
+    heads: int = setting(8, "query heads", at_least=1)
+    kv_heads: int | None = setting(None, "key and value heads, shared by groups of query heads; null = heads", at_least=1)
+    head_dim: int | None = setting(None, "width of a head; null = dim / heads", at_least=1)
+    rotary: float = setting(10000.0, "base of the rotary positions; 0 = off", at_least=0)
+
+    def problems(self, dim: int) -> list[tuple[str, str]]:
+        """Rules that hold between settings: (setting, message) for each one broken."""
+        found = []
+        if self.kv_heads is not None and self.heads % self.kv_heads:
+            near = ", ".join(map(str, _divisors_near(self.heads, self.kv_heads)))
+            found.append(("kv_heads", f"kv_heads {self.kv_heads} does not divide heads {self.heads}; nearest: {near}"))
+        if self.head_dim is None and dim % self.heads:
+            near = ", ".join(map(str, _divisors_near(dim, self.heads)))
+            found.append(("heads", f"heads {self.heads} does not divide dim {dim}; nearest: {near} (or set head_dim)"))
+        elif self.rotary and self.width(dim) % 2:
+            found.append(("head_dim", f"head_dim {self.width(dim)} must be even while rotary is on"))
+        if 0 < self.rotary <= 1:
+            found.append(("rotary", f"rotary must be a base > 1, or 0 = off; got {self.rotary}"))
+        return found
+
+    def width(self, dim: int) -> int:
+        """head_dim, filled in."""
+        return dim // self.heads if self.head_dim is None else self.head_dim
+
+
+def _divisors_near(number: int, value: int) -> list[int]:
+    """The divisors of number just below and just above value."""
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    below, above = [d for d in divisors if d < value], [d for d in divisors if d > value]
+    return below[-1:] + above[:1]
+
+
+class TokenAttention(Mixer):
+    """Softmax attention whose keys are the tokens themselves, each alive from its own time to its death.
+
+    q = x W_q, k = x W_k, v = x W_v, y = concat(heads) W_o, no biases; every matrix starts at N(0, 1 / fan_in).
+    Query head h reads key head h // (heads / kv_heads).
+    """
+
+    Config = AttentionConfig
+
+    def __init__(self, dim: int, config: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.heads: int = config.heads
+        self.kv_heads: int = config.kv_heads or config.heads
+        self.head_dim: int = config.width(dim)
+        self.dim = dim
+        self.query = init_fan_in(nn.Linear(dim, self.heads * self.head_dim, bias=False))
+        self.key = init_fan_in(nn.Linear(dim, self.kv_heads * self.head_dim, bias=False))
+        self.value = init_fan_in(nn.Linear(dim, self.kv_heads * self.head_dim, bias=False))
+        self.output = init_fan_in(nn.Linear(self.heads * self.head_dim, dim, bias=False))
+        residual_output(self.output.weight)
+
+    @abstractmethod
+    def death(self, clock: Clock) -> Tensor:
+        """Time at which each token's key dies, were its document endless: int64, broadcast to [B, G, T]."""
+
+    def lifetimes(self, clock: Clock) -> Lifetimes:
+        """Birth and death of the tokens' keys, int32 broadcast to [B, G, T]."""
+        return Lifetimes(clock.time[:, None].to(torch.int32), clock.until(self.death(clock)))
+
+    def forward(self, x: Tensor, ctx: Context | None = None, state: LivingKeys | None = None) -> MixerOutput:
+        """y [B, T, d] from x [B, T, d]; see `Mixer.forward`."""
+        clock = read_clock(x, ctx, None if state is None else state.stream)
+        q, k, v = self._heads(self.query(x)), self._heads(self.key(x)), self._heads(self.value(x))
+        if self.config.rotary:
+            table = clock.rotary(self.head_dim, self.config.rotary)
+            q, k = apply_rotary(q, table), apply_rotary(k, table)
+        life = self.lifetimes(clock)
+        time = None if clock.now == 0 else clock.time[:, None].to(torch.int32)
+        if state is not None:
+            k, v, life = state.extend(k, v, life, clock)
+        out, _ = attend(q, k, v, life, time=time)
+        if state is not None:
+            state.advance(clock)
+        return MixerOutput(self.output(out.transpose(1, 2).flatten(2)), {})
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """[B, T, heads * D] -> [B, heads, T, D]."""
+        return x.unflatten(2, (-1, self.head_dim)).transpose(1, 2)
+
+    def init_state(self, batch: int) -> LivingKeys:
+        """An empty cache of living keys for `batch` sequences."""
+        return LivingKeys(batch, self.query.weight.device)
+
+    def pattern(self, length: int) -> Lifetimes:
+        """Lifetimes of the keys of one document of `length` tokens, int32 broadcast to [kv_heads, length]."""
+        life = self.lifetimes(Clock.plain(length))
+        return Lifetimes(life.birth[0], life.death[0])
+
+    def cost(self, length: int) -> Cost:
+        """parameters 2dD(H+G), flops 4TdD(H+G) + 4D pairs, state = keys of the past that outlive it."""
+        life = self.pattern(length)
+        birth, death = (t.expand(self.kv_heads, length).to(torch.int64) for t in (life.birth, life.death))
+        lived = (death.clamp(max=length) - birth).clamp(min=0)
+        pairs = int(lived.sum()) * (self.heads // self.kv_heads)
+        rows = int((death > length).sum())
+        matrices = 2 * self.dim * self.head_dim * (self.heads + self.kv_heads)
+        itemsize = self.query.weight.element_size()
+        return Cost(
+            parameters=parameter_count(self),
+            flops=2 * length * matrices + 4 * self.head_dim * pairs,
+            pairs=pairs,
+            state_bytes=rows * 2 * self.head_dim * itemsize,
+        )
