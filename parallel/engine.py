@@ -1,0 +1,141 @@
+"""The engine: how one optimizer step is computed. The trainer above it never touches gradients.
+
+An engine works on any model with `loss(tokens, labels, ctx) -> (sum of nats, count, auxiliary losses)` and
+`after_step(skipped)`, and any optimizer with `step(lr)`, `zero_grad()`, `state()` and `load_state(...)`.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What one step did: loss in nats per token over the global batch (without auxiliary losses), their sum, the
+    gradient norm before clipping, the learning rate, and whether the update was skipped as not finite."""
+
+    loss: float
+    auxiliary: float
+    grad_norm: float
+    lr: float
+    skipped: bool
+
+
+class Optimizer(Protocol):
+    """What an engine needs of an optimizer."""
+
+    def step(self, lr: float) -> None: ...
+    def zero_grad(self) -> None: ...
+    def state(self) -> dict[str, Tensor]: ...
+    def load_state(self, state: dict[str, Tensor]) -> None: ...
+
+
+class Engine(Protocol):
+    """How a step is computed, whatever the number of processes."""
+
+    def forward_loss(self, tokens: Tensor, labels: Tensor, ctx: Any, step_tokens: int, seed: int) -> Tensor: ...
+    def backward(self, loss: Tensor) -> None: ...
+    def step(self, lr: float) -> StepInfo: ...
+    def state(self) -> dict[str, dict[str, Tensor]]: ...
+    def load_state(self, state: dict[str, dict[str, Tensor]]) -> None: ...
+    def close(self) -> None: ...
+
+
+class TorchEngine:
+    """One process of plain torch: float32 weights, autocast to `dtype`, clipping, and a guard against non-finite steps.
+
+    A step whose loss or gradient norm is not finite leaves weights and moments as they were, bit for bit.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        device: torch.device,
+        dtype: str = "float32",
+        clip: float = 0.0,
+        compile: bool = False,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.device = device
+        self.dtype = DTYPES[dtype]
+        self.clip = clip
+        self._loss_fn = torch.compile(model.loss) if compile else model.loss  # type: ignore[operator]
+        self._scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._reset()
+
+    def _reset(self) -> None:
+        self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        self._auxiliary = torch.zeros((), dtype=torch.float64, device=self.device)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision of forward passes, for training and evaluation alike."""
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    def forward_loss(self, tokens: Tensor, labels: Tensor, ctx: Any, step_tokens: int, seed: int) -> Tensor:
+        """This micro-batch's share of the step's loss: sum of nats / `step_tokens` + auxiliary losses.
+
+        tokens, labels: int64 [b, T]; step_tokens: scored labels of the whole step, over all micro-batches and
+        ranks. Auxiliary losses are weighted by the micro-batch's share of them. `seed` is that of dropout.
+        """
+        torch.manual_seed(seed)
+        with self.autocast():
+            total, count, auxiliary = self._loss_fn(tokens.to(self.device), labels.to(self.device), ctx)
+        loss = total / max(step_tokens, 1)
+        self._loss_sum += loss.detach()
+        if auxiliary:
+            added = sum(auxiliary.values()) * (count / max(step_tokens, 1))
+            self._auxiliary += added.detach()
+            loss = loss + added
+        return loss
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of `loss` to the step's."""
+        self._scaler.scale(loss).backward()
+
+    def step(self, lr: float) -> StepInfo:
+        """Clip, update, clear; or skip the update if anything is not finite."""
+        scale = self._scaler.get_scale()
+        grads = [p.grad for p in self._parameters if p.grad is not None]
+        if scale != 1.0:
+            torch._foreach_mul_(grads, 1.0 / scale)
+        norm = nn.utils.get_total_norm(grads)
+        loss, auxiliary, grad_norm = torch.stack([self._loss_sum, self._auxiliary, norm.double()]).tolist()
+        finite = all(abs(number) < float("inf") for number in (loss, auxiliary, grad_norm))
+        if finite:
+            if self.clip:
+                nn.utils.clip_grads_with_norm_(self._parameters, self.clip, norm)
+            self.optimizer.step(lr)
+        if self._scaler.is_enabled():
+            self._scaler.update(scale if finite else scale / 2)
+        self.optimizer.zero_grad()
+        self.model.after_step(skipped=not finite)  # type: ignore[operator]
+        self._reset()
+        return StepInfo(loss, auxiliary, grad_norm, lr, not finite)
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """Everything that training changes, by name: `model` (parameters and buffers) and `optimizer`."""
+        return {"model": dict(self.model.state_dict()), "optimizer": self.optimizer.state()}
+
+    def load_state(self, state: dict[str, dict[str, Tensor]]) -> None:
+        """Take over what `state` returned; ValueError names what is missing, unexpected or of another shape."""
+        try:
+            self.model.load_state_dict(state["model"])
+        except RuntimeError as error:
+            raise ValueError(f"the checkpoint belongs to another model: {error}") from None
+        self.optimizer.load_state(state["optimizer"])
+
+    def close(self) -> None:
+        """Nothing to release in one process."""
