@@ -48,6 +48,33 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
+class LossScale:
+    """Keeps float16 gradients above underflow: halved after an overflow, doubled after 2,000 good steps."""
+
+    NAME = "loss_scale"
+    PATIENCE = 2000
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+        self.good_steps = 0
+
+    def update(self, finite: bool) -> None:
+        """Learn from one step."""
+        self.good_steps = self.good_steps + 1 if finite else 0
+        if not finite:
+            self.scale /= 2
+        elif self.good_steps % self.PATIENCE == 0:
+            self.scale *= 2
+
+    def tensor(self) -> Tensor:
+        """What a checkpoint keeps: [scale, good steps], float64."""
+        return torch.tensor([self.scale, self.good_steps], dtype=torch.float64)
+
+    def load(self, kept: Tensor) -> None:
+        """Take over what `tensor` returned."""
+        self.scale, self.good_steps = float(kept[0]), int(kept[1])
+
+
 class TorchEngine:
     """One process of plain torch: float32 weights, autocast to `dtype`, clipping, and a guard against non-finite steps.
 
@@ -70,7 +97,7 @@ class TorchEngine:
         self.dtype = DTYPES[dtype]
         self.clip = clip
         self._loss_fn = torch.compile(model.loss) if compile else model.loss  # type: ignore[operator]
-        self._scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        self._scale = LossScale(2.0**16 if self.dtype == torch.float16 else 1.0)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._reset()
 
@@ -103,14 +130,13 @@ class TorchEngine:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of `loss` to the step's."""
-        self._scaler.scale(loss).backward()
+        (loss if self._scale.scale == 1.0 else loss * self._scale.scale).backward()
 
     def step(self, lr: float) -> StepInfo:
         """Clip, update, clear; or skip the update if anything is not finite."""
-        scale = self._scaler.get_scale()
         grads = [p.grad for p in self._parameters if p.grad is not None]
-        if scale != 1.0:
-            torch._foreach_mul_(grads, 1.0 / scale)
+        if self._scale.scale != 1.0:
+            torch._foreach_mul_(grads, 1.0 / self._scale.scale)
         norm = nn.utils.get_total_norm(grads)
         loss, auxiliary, grad_norm = torch.stack([self._loss_sum, self._auxiliary, norm.double()]).tolist()
         finite = all(abs(number) < float("inf") for number in (loss, auxiliary, grad_norm))
@@ -118,8 +144,8 @@ class TorchEngine:
             if self.clip:
                 nn.utils.clip_grads_with_norm_(self._parameters, self.clip, norm)
             self.optimizer.step(lr)
-        if self._scaler.is_enabled():
-            self._scaler.update(scale if finite else scale / 2)
+        if self.dtype == torch.float16:
+            self._scale.update(finite)
         self.optimizer.zero_grad()
         self.model.after_step(skipped=not finite)  # type: ignore[operator]
         self._reset()
@@ -127,7 +153,8 @@ class TorchEngine:
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Everything that training changes, by name: `model` (parameters and buffers) and `optimizer`."""
-        return {"model": dict(self.model.state_dict()), "optimizer": self.optimizer.state()}
+        optimizer = {**self.optimizer.state(), LossScale.NAME: self._scale.tensor()}
+        return {"model": dict(self.model.state_dict()), "optimizer": optimizer}
 
     def load_state(self, state: dict[str, dict[str, Tensor]]) -> None:
         """Take over what `state` returned; ValueError names what is missing, unexpected or of another shape."""
@@ -135,7 +162,9 @@ class TorchEngine:
             self.model.load_state_dict(state["model"])
         except RuntimeError as error:
             raise ValueError(f"the checkpoint belongs to another model: {error}") from None
-        self.optimizer.load_state(state["optimizer"])
+        optimizer = dict(state["optimizer"])
+        self._scale.load(optimizer.pop(LossScale.NAME))
+        self.optimizer.load_state(optimizer)
 
     def close(self) -> None:
         """Nothing to release in one process."""
