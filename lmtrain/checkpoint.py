@@ -1,0 +1,189 @@
+"""Checkpoints: one folder each, complete or absent, every byte hashed, nothing in it that a load could
+execute.
+
+    step-250/model.safetensors        one file for each group of tensors
+    step-250/optimizer.safetensors
+    step-250/state.json               counters, cursor and whatever else of the run is JSON
+    step-250/manifest.json            what belongs to it, see `lmtrain.manifest`
+
+`save` touches no state but the folder, so a thread may run it on copies of the tensors. What happens to a
+folder of checkpoints (`newest`, `retain`, `clean`, `check_space`) is in `lmtrain.shelf`.
+"""
+
+import errno
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmtrain import fault
+from lmtrain.files import HashingWriter, replace_bytes, sync_folder, token
+from lmtrain.manifest import STATE, FileEntry, Manifest, checked, read_manifest, verify, write_manifest
+from lmtrain.shelf import check_space, clean, newest, retain
+from lmtrain.tensorfile import file_bytes, read_tensors, write_tensors
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "bytes_needed",
+    "check_space",
+    "clean",
+    "load",
+    "newest",
+    "retain",
+    "save",
+    "verify",
+]
+
+logger = logging.getLogger(__name__)
+Groups = Mapping[str, Mapping[str, Tensor]]
+_SUFFIX = ".safetensors"
+_GROUP = re.compile(r"[a-z0-9_]+")
+_MARGIN = 1 << 20  # bytes for state.json, the manifest and the file system's own blocks
+
+
+class CheckpointError(Exception):
+    """A checkpoint could not be written: those before it are untouched, and training can go on.
+
+    `path` is where it should have gone, `bytes_needed` what it takes on the disk.
+    """
+
+    def __init__(self, path: Path, bytes_needed: int, reason: str) -> None:
+        super().__init__(f"{path} could not be written ({bytes_needed:,} bytes): {reason}")
+        self.path = path
+        self.bytes_needed = bytes_needed
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint in memory: groups of tensors by name, on the CPU, and the state that was JSON."""
+
+    path: Path
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+    manifest: Manifest
+
+
+def bytes_needed(tensors: Groups) -> int:
+    """Bytes that a checkpoint of these groups takes on the disk, with a margin for what is not tensors."""
+    return sum(file_bytes(group) for group in tensors.values()) + _MARGIN
+
+
+def save(
+    folder: Path,
+    step: int,
+    tensors: Groups,
+    state: Mapping[str, Any],
+    *,
+    config: str | None = None,
+    dataset: str | None = None,
+    world: int = 1,
+) -> Path:
+    """Writes `folder/step-N` and returns it, once it is on the disk and was read back.
+
+    `state` must be JSON (tuples come back as lists, keys as strings); `config` is the configuration's hash,
+    `dataset` the data's fingerprint, `world` the number of processes. A `step-N` already there is set aside.
+    CheckpointError if the disk refuses, or gives back something else: then nothing is left of it.
+    """
+    folder = Path(folder)
+    target = folder / f"step-{step}"
+    needed = bytes_needed(tensors)
+    temporary = folder / f"{target.name}.tmp-{token()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+        if free < needed:  # to fill the disk first would also stop whoever else writes to it
+            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {free:,} bytes are free")
+        try:
+            temporary.mkdir()
+            files = _write_files(temporary, tensors, state)
+            write_manifest(temporary, Manifest(step, files, config, dataset, world, _versions()))
+            sync_folder(temporary)
+            _commit(temporary, target)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+    except OSError as error:
+        raise CheckpointError(target, needed, error.strerror or str(error)) from error
+    fault.before("latest")
+    _point_latest(target)
+    if problems := verify(target):
+        os.rename(target, _aside(target))
+        raise CheckpointError(target, needed, "read back, it differs: " + "; ".join(problems))
+    return target
+
+
+def load(path: Path, groups: Collection[str] | None = None) -> Checkpoint:
+    """Reads the checkpoint at `path`, all of its groups or only the named ones, each byte verified.
+
+    ValueError, naming path and file, if anything is missing or not as it was written.
+    """
+    path = Path(path)
+    try:
+        manifest = read_manifest(path)
+        with checked(path, STATE, manifest.files[STATE]) as reader:
+            state = json.loads(reader.read(reader.size))
+        tensors = {}
+        for name, entry in manifest.files.items():
+            group = name.removesuffix(_SUFFIX)
+            if group != name and (groups is None or group in groups):
+                with checked(path, name, entry) as reader:
+                    tensors[group] = read_tensors(reader)
+        if missing := set(groups or ()) - set(tensors):
+            raise ValueError(f"it has no {', '.join(sorted(missing))}")
+    except ValueError as error:
+        raise ValueError(f"checkpoint {path}: {error}") from None
+    return Checkpoint(path, manifest.step, tensors, state, manifest)
+
+
+def _write_files(folder: Path, tensors: Groups, state: Mapping[str, Any]) -> dict[str, FileEntry]:
+    files = {}
+    for group, members in tensors.items():
+        assert _GROUP.fullmatch(group), group
+        with HashingWriter(folder / f"{group}{_SUFFIX}") as writer:
+            write_tensors(writer, members)
+        files[f"{group}{_SUFFIX}"] = FileEntry(writer.bytes, writer.sha256())
+    with HashingWriter(folder / STATE) as writer:
+        writer.write((json.dumps(state, indent=1) + "\n").encode())
+    files[STATE] = FileEntry(writer.bytes, writer.sha256())
+    return files
+
+
+def _commit(temporary: Path, target: Path) -> None:
+    """Gives a complete checkpoint its name. A folder cannot be renamed onto a full one, so that steps aside
+    first.
+    """
+    if os.path.lexists(target):
+        os.rename(target, _aside(target))
+    fault.before("commit")
+    os.rename(temporary, target)
+    sync_folder(target.parent)
+
+
+def _point_latest(target: Path) -> None:
+    try:
+        replace_bytes(target.with_name("latest"), f"{target.name}\n".encode())
+    except OSError as error:  # only a hint: the checkpoint is there without it
+        logger.warning("%s does not point to %s: %s", target.with_name("latest"), target.name, error)
+
+
+def _aside(target: Path) -> Path:
+    return target.with_name(f"{target.name}.damaged-{token()}")
+
+
+def _versions() -> dict[str, str]:
+    try:
+        own = version("lmtrain")
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        own = "unknown"
+    return {"lmtrain": own, "torch": torch.__version__}

@@ -1,0 +1,71 @@
+"""Faults on purpose, to see that a run survives them: `LMTRAIN_FAULT`, a comma-separated list of
+
+    save:bytes=N           SIGKILL when this process has written N bytes of checkpoints
+    save:before=POINT      SIGKILL before a save's `commit`, `latest` or `retention`
+    step=N:grad=nan        the gradients of optimizer step N become NaN
+    step=N:kill            SIGKILL before the update of optimizer step N
+
+Unset, as in every real run, each hook is one look at the environment and returns.
+"""
+
+import os
+import re
+import signal
+from collections.abc import Iterable
+from functools import cache
+from typing import Any, NoReturn
+
+VARIABLE = "LMTRAIN_FAULT"
+_GRAMMAR = re.compile(
+    r"save:bytes=[0-9]+|save:before=(?:commit|latest|retention)|step=[0-9]+:(?:grad=nan|kill)"
+)
+_checkpoint_bytes = 0  # counted only while a `save:bytes` fault is set
+
+
+@cache
+def parse(text: str) -> frozenset[str]:
+    """The faults of a value of `LMTRAIN_FAULT`; ValueError for one that is none."""
+    faults = frozenset(part.strip() for part in text.split(",") if part.strip())
+    for fault in sorted(faults):
+        if not _GRAMMAR.fullmatch(fault):
+            raise ValueError(f"{VARIABLE}: {fault!r} is no fault; see the head of lmtrain/fault.py")
+    return faults
+
+
+def before_write(descriptor: int, data: memoryview) -> None:
+    """Called with each piece of a checkpoint about to be written: dies in the middle of the chosen one."""
+    global _checkpoint_bytes
+    for fault in _faults():
+        if fault.startswith("save:bytes="):
+            room = int(fault.removeprefix("save:bytes=")) - _checkpoint_bytes
+            if room <= len(data):
+                os.write(descriptor, data[: max(room, 0)])
+                _die()
+            _checkpoint_bytes += len(data)
+
+
+def before(point: str) -> None:
+    """Called before the `commit`, `latest` and `retention` of a save."""
+    if f"save:before={point}" in _faults():
+        _die()
+
+
+def before_update(step: int, parameters: Iterable[Any]) -> None:
+    """Called between the backward and the update of optimizer step `step`, with tensors that carry `.grad`."""
+    faults = _faults()
+    if f"step={step}:kill" in faults:
+        _die()
+    if f"step={step}:grad=nan" in faults:
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.fill_(float("nan"))
+
+
+def _faults() -> frozenset[str]:
+    text = os.environ.get(VARIABLE)
+    return parse(text) if text else frozenset()
+
+
+def _die() -> NoReturn:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("unreachable")

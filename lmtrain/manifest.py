@@ -1,0 +1,154 @@
+"""The manifest of a checkpoint: which files belong to it, and how each byte of them is known to be right.
+
+`manifest.json` is the last file of a checkpoint to be written. It holds the format version, the step, what
+the checkpoint was made from, and for each file its bytes and sha256; its `checksum` is the sha256 of its own
+canonical JSON without that field, without which a flipped bit in the manifest would go unseen.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lmtrain.files import HashingReader, HashingWriter
+
+FORMAT = 1
+NAME = "manifest.json"
+STATE = "state.json"
+MAX_BYTES = 16 << 20  # of a manifest; one with a thousand files has about 100 kB
+STEP_FOLDER = re.compile(r"step-(0|[1-9][0-9]*)")
+_PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # no separators, no leading dot, hence no `..`
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """What a file of a checkpoint must be: size in bytes, and sha256 in hexadecimal digits."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint consists of (`files`) and what it was made from.
+
+    `config` and `dataset` are the hash and the fingerprint the caller gave, `world` the number of processes.
+    """
+
+    step: int
+    files: Mapping[str, FileEntry]
+    config: str | None = None
+    dataset: str | None = None
+    world: int = 1
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Writes `manifest.json` into `folder`, durably."""
+    content = {"format": FORMAT, **asdict(manifest)}
+    content["checksum"] = _checksum(content)
+    with HashingWriter(folder / NAME) as writer:
+        writer.write((json.dumps(content, indent=1) + "\n").encode())
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of the checkpoint at `folder`; ValueError, naming the file, if it is missing or not
+    intact.
+    """
+    try:
+        with HashingReader(folder / NAME) as reader:
+            if reader.size > MAX_BYTES:
+                raise ValueError(f"{reader.size} bytes are too many")
+            return _parse(json.loads(reader.read(reader.size)))
+    except FileNotFoundError:
+        raise ValueError(f"{NAME}: missing") from None
+    except OSError as error:
+        raise ValueError(f"{NAME}: cannot be read: {error.strerror or error}") from None
+    except RecursionError:
+        raise ValueError(f"{NAME}: nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"{NAME}: {error}") from None
+
+
+def verify(folder: Path) -> list[str]:
+    """What is wrong with the checkpoint at `folder`, one line for each file; empty if every byte is as
+    written.
+    """
+    folder = Path(folder)
+    try:
+        manifest = read_manifest(folder)
+    except ValueError as error:
+        return [str(error)]
+    named = STEP_FOLDER.fullmatch(folder.name)
+    if named and int(named[1]) != manifest.step:
+        return [f"{NAME}: it is of step {manifest.step}, in a folder named {folder.name}"]
+    problems = []
+    for name, entry in manifest.files.items():
+        try:
+            with checked(folder, name, entry):
+                pass
+        except ValueError as error:
+            problems.append(str(error))
+    return problems
+
+
+@contextmanager
+def checked(folder: Path, name: str, entry: FileEntry) -> Iterator[HashingReader]:
+    """A file of a checkpoint to read from. ValueError, naming it, if it is missing or of another size, if the
+    reading fails, or if at the end its bytes turn out not to be those written: use nothing of it before.
+    """
+    try:
+        with HashingReader(folder / name) as reader:
+            if reader.size != entry.bytes:
+                raise ValueError(f"{reader.size} bytes, the manifest says {entry.bytes}")
+            yield reader
+            reader.skim()
+            if reader.sha256() != entry.sha256:
+                raise ValueError("its sha256 is not the manifest's: the file changed after it was written")
+    except FileNotFoundError:
+        raise ValueError(f"{name}: missing") from None
+    except OSError as error:
+        raise ValueError(f"{name}: cannot be read: {error.strerror or error}") from None
+    except RecursionError:
+        raise ValueError(f"{name}: nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _parse(content: Any) -> Manifest:
+    if not isinstance(content, dict) or "checksum" not in content:
+        raise ValueError("not a manifest")
+    if content.get("format") != FORMAT:
+        raise ValueError(f"format {content.get('format')!r}; this version reads format {FORMAT}")
+    if content["checksum"] != _checksum(content):
+        raise ValueError("its checksum does not fit its content: the file changed after it was written")
+    try:
+        files = {
+            name: FileEntry(int(entry["bytes"]), str(entry["sha256"]))
+            for name, entry in content["files"].items()
+        }
+        manifest = Manifest(
+            step=int(content["step"]),
+            files=files,
+            config=content["config"],
+            dataset=content["dataset"],
+            world=int(content["world"]),
+            versions=content["versions"],
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"malformed: {error!r}") from None
+    if STATE not in files:
+        raise ValueError(f"it lists no {STATE}")
+    for name in files:
+        if not _PLAIN.fullmatch(name):
+            raise ValueError(f"{name!r} is not a plain file name")
+    return manifest
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in content.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

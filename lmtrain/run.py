@@ -1,0 +1,189 @@
+"""The folder of a run: what it did, how it ended, and who is at work in it.
+
+    config.yaml        the resolved configuration, written by whoever starts the run
+    environment.json   what the last start ran on (that of every start is in events.jsonl)
+    metrics.jsonl      one row for each logged step and evaluation: the source of truth of every plot
+    events.jsonl       starts, saves, skips, faults: history, never cut
+    status.json        running, stopped, done or failed; at which step; why
+    log.txt            the lines people read
+    checkpoints/  eval/  tensorboard/
+    lock               who is at work, see `lmtrain.lock`
+
+One process writes; `read_metrics` and `read_status` need no lock.
+"""
+
+import json
+import logging
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from lmtrain import environment, shelf
+from lmtrain.files import TEMPORARY, replace_bytes
+from lmtrain.lock import Lock
+from lmtrain.rows import Row, RowFile, read_rows
+
+logger = logging.getLogger(__name__)
+State = Literal["running", "stopped", "done", "failed"]
+
+
+@dataclass(frozen=True)
+class Status:
+    """How a run stands: `step` updates were made, `checkpoint` is the newest, relative to the run's folder.
+
+    A run that was killed still says `running`; `lmtrain.lock.Holder` tells whether anybody is at work.
+    """
+
+    state: State
+    step: int = 0
+    checkpoint: str | None = None
+    reason: str = ""
+
+
+def read_status(path: Path) -> Status | None:
+    """The status of the run at `path`; None if it has none that can be read."""
+    try:
+        content = json.loads((Path(path) / "status.json").read_text())
+        status = Status(**{key: content[key] for key in ("state", "step", "checkpoint", "reason")})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return status if status.state in get_args(State) else None
+
+
+def read_metrics(path: Path) -> list[Row]:
+    """The rows of `metrics.jsonl` of the run at `path`, which may be running; a torn last line is left out."""
+    return read_rows(Path(path) / "metrics.jsonl")
+
+
+class RunDirectory:
+    """A run's folder, locked by this process from `open` to `close`."""
+
+    def __init__(self, path: Path, lock: Lock) -> None:
+        """`open` is the way in; `lock` is held already."""
+        self.path = path
+        self._lock = lock
+        self.status = read_status(path) or Status("running")
+        for folder in (self.checkpoints, self.evaluations, self.tensorboard):
+            folder.mkdir(exist_ok=True)
+        self._metrics = RowFile(path / "metrics.jsonl")
+        self._events = RowFile(path / "events.jsonl")
+        self._log = open(path / "log.txt", "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+
+    @classmethod
+    def open(cls, path: Path | str) -> "RunDirectory":
+        """Creates the folder, or takes up the run that is in it, and says so in its status and events.
+
+        ValueError, naming `run.dir`, if another process is at work there, if the folder holds something else
+        than a run, or if it cannot be written.
+        """
+        path = Path(path).expanduser().absolute()
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            _refuse_strangers(path)
+            lock = Lock(path / "lock")
+            try:
+                return cls(path, lock)._start()
+            except BaseException:
+                lock.release()
+                raise
+        except OSError as error:
+            raise ValueError(f"run.dir {path}: cannot be written: {error.strerror}") from error
+        except ValueError as error:
+            raise ValueError(f"run.dir {path}: {error}") from None
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def evaluations(self) -> Path:
+        return self.path / "eval"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    def set_status(
+        self, state: State, *, step: int, checkpoint: Path | str | None = None, reason: str = ""
+    ) -> None:
+        """Replaces the status; without `checkpoint` the last one stays. Rows written so far are durable
+        first.
+
+        A disk that refuses is a warning: the run itself is not over.
+        """
+        assert state in get_args(State), state
+        name = f"checkpoints/{Path(checkpoint).name}" if checkpoint else self.status.checkpoint
+        self.status = Status(state, step, name, reason)
+        content = asdict(self.status) | {"time": _now()}
+        try:
+            self._metrics.sync()
+            self._events.sync()
+            replace_bytes(self.path / "status.json", (json.dumps(content, indent=1) + "\n").encode())
+        except OSError as error:
+            logger.warning("%s: the status %s was not written: %s", self.path, state, error)
+
+    def log_metrics(self, row: Row) -> None:
+        """Appends a row to `metrics.jsonl`. It must have `step`; a number that is not finite is written as
+        null.
+        """
+        assert isinstance(row.get("step"), int), row
+        self._metrics.append(row)
+
+    def event(self, kind: str, **details: Any) -> None:
+        """Appends a row to `events.jsonl`: time, kind and details."""
+        self._events.append({"time": _now(), "event": kind, **details})
+
+    def log(self, line: str) -> None:
+        """Appends a line to `log.txt`."""
+        try:
+            self._log.write(f"{line}\n")
+            self._log.flush()
+        except OSError as error:
+            logger.warning("%s: %s", self._log.name, error)
+
+    def truncate_metrics(self, step: int) -> int:
+        """Cuts the rows beyond `step`, from which training resumes, atomically; returns how many they were."""
+        return self._metrics.keep(lambda row: row["step"] <= step)
+
+    def close(self) -> None:
+        """Releases the lock. OSError if the disk never took the last rows."""
+        try:
+            self._metrics.close()
+            self._events.close()
+            self._log.close()
+        finally:
+            self._lock.release()
+
+    def __enter__(self) -> "RunDirectory":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _start(self) -> "RunDirectory":
+        for path in self.path.iterdir():
+            if TEMPORARY.fullmatch(path.name) and path.is_file():
+                path.unlink()
+        shelf.clean(self.checkpoints)
+        here = environment.describe()
+        replace_bytes(self.path / "environment.json", (json.dumps(here, indent=1) + "\n").encode())
+        if self._lock.previous:
+            self.event("took over", holder=str(self._lock.previous))
+        self.event("start", environment=here)
+        self.set_status("running", step=self.status.step)
+        return self
+
+
+def _refuse_strangers(path: Path) -> None:
+    """ValueError if the folder has content but no status: it is not a run's. A start cut short left only its
+    lock.
+    """
+    names = {entry.name for entry in path.iterdir()}
+    if "status.json" not in names and any(not name.startswith(("lock", "status.json.")) for name in names):
+        raise ValueError("the folder is not empty and holds no run; choose a new one")
+
+
+def _now() -> str:
+    """Local time with its offset, to the second: for people only, nothing depends on it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")

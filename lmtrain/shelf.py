@@ -1,0 +1,125 @@
+"""A folder of checkpoints: finding the newest intact one, keeping the newest few, clearing what crashes left.
+
+step-250                    a checkpoint; a rename gave it this name when it was complete
+step-500.tmp-1a2b3c4d       being written, or left by a crash
+step-250.damaged-1a2b3c4d   set aside by a save that reached the same step again
+step-250.trash-1a2b3c4d     being removed, or left by a crash
+latest                      the name of the newest one: a hint for people, never read
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+
+from lmtrain import fault
+from lmtrain.files import sync_folder, token
+from lmtrain.manifest import STEP_FOLDER, verify
+
+_LEFTOVER = re.compile(r"(?:step-[0-9]+|latest)\.(?:tmp|trash)-[0-9a-f]{8}")
+_ASIDE = re.compile(r"(step-[0-9]+)\.damaged-[0-9a-f]{8}")
+
+
+def candidates(folder: Path) -> list[Path]:
+    """What has a checkpoint's name in `folder`, newest step first; nothing is verified."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if STEP_FOLDER.fullmatch(path.name)]
+    return sorted(found, key=_step, reverse=True)
+
+
+def newest(folder: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """The newest checkpoint of which every byte verifies, and each newer one rejected, with file and reason."""
+    rejected: list[tuple[Path, str]] = []
+    for path in candidates(Path(folder)):
+        problems = verify(path)
+        if not problems:
+            return path, rejected
+        rejected.append((path, "; ".join(problems)))
+    return None, rejected
+
+
+def retain(folder: Path, keep: int, protected: Collection[Path] = ()) -> list[Path]:
+    """Removes all checkpoints older than the `keep` newest that verify, except the `protected`; returns the
+    removed.
+
+    One that does not verify is not counted, and stays until `keep` newer ones verify.
+    """
+    assert keep >= 1, keep
+    fault.before("retention")
+    folder = Path(folder)
+    spared = {path.resolve() for path in protected}
+    intact = 0
+    removed = []
+    for path in candidates(folder):
+        if intact < keep:
+            intact += not verify(path)
+        elif path.resolve() not in spared:
+            remove(path)
+            removed.append(path)
+    return removed
+
+
+def remove(path: Path) -> None:
+    """Removes a checkpoint; under the other name it takes first, half of one is never a candidate."""
+    trash = path.with_name(f"{path.name}.trash-{token()}")
+    os.rename(path, trash)
+    sync_folder(path.parent)
+    _delete(trash)
+
+
+def clean(folder: Path) -> list[Path]:
+    """Removes what crashed writers left in `folder`, and returns it. Only for the holder of the run's lock.
+
+    A crash between setting an old `step-N` aside and committing the new one leaves neither: an intact old one
+    returns.
+    """
+    folder = Path(folder)
+    leftovers = []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        aside = _ASIDE.fullmatch(path.name)
+        if _LEFTOVER.fullmatch(path.name):
+            _delete(path)
+            leftovers.append(path)
+        elif aside and not (folder / aside[1]).exists() and not verify(path):
+            os.rename(path, folder / aside[1])
+            sync_folder(folder)
+    return leftovers
+
+
+def check_space(folder: Path, checkpoint_bytes: int, keep: int) -> None:
+    """ValueError if the disk of `folder`, which need not exist, has no room for `keep` checkpoints and one
+    more.
+
+    One more, because the oldest goes only after the newest is complete. What checkpoints in `folder` already
+    take counts as room: they make way.
+    """
+    folder = Path(folder)
+    disk = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
+    free = shutil.disk_usage(disk).free
+    taken = sum(
+        file.stat().st_size for path in candidates(folder) for file in path.glob("*") if file.is_file()
+    )
+    needed = (keep + 1) * checkpoint_bytes
+    if free + taken < needed:
+        raise ValueError(
+            f"disk too small for the checkpoints: {keep} are kept and one more is being written, "
+            f"{_size(checkpoint_bytes)} each, {_size(needed)} together; {disk} has {_size(free)} free"
+            + (f" and {_size(taken)} in checkpoints" if taken else "")
+        )
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 10_000_000 else f"{count:,} bytes"

@@ -1,0 +1,146 @@
+"""Tensors in the safetensors format (github.com/huggingface/safetensors, "Format"), written and read in one
+pass.
+
+A file is an 8-byte little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, and the
+bytes of all tensors without gaps. We write and read it ourselves because the library hashes nothing and reads
+by mapping: here every byte is hashed as it passes, and beside the tensors themselves memory holds one of them
+at a time at most (its copy on the CPU, if it lives on a device).
+
+Tensors that share all their memory (a tied head) are stored once, under their first name; the other names
+stand in the header's metadata and come back as the same tensor.
+"""
+
+import json
+import math
+import struct
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmtrain.files import HashingReader, HashingWriter
+
+MAX_HEADER_BYTES = 100_000_000  # the library's own limit
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def file_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """Size in bytes of the file that `write_tensors` would write."""
+    header, stored = _layout(tensors)
+    return len(header) + sum(tensor.nbytes for tensor in stored)
+
+
+def write_tensors(writer: HashingWriter, tensors: Mapping[str, Tensor]) -> None:
+    """Writes `tensors`, on any device, of the types in `DTYPES`."""
+    header, stored = _layout(tensors)
+    writer.write(header)
+    for tensor in stored:
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        writer.write(flat.view(torch.uint8).numpy().data)
+
+
+def read_tensors(reader: HashingReader) -> dict[str, Tensor]:
+    """All tensors of a file, on the CPU. ValueError if its header does not describe exactly the bytes that
+    follow.
+
+    The header is checked against the size of the file before memory is taken for any tensor.
+    """
+    entries, tied = _parse(*_read_header(reader))
+    tensors = {}
+    for name, dtype, shape, size in entries:
+        data = torch.empty(size, dtype=torch.uint8)
+        reader.read_into(data.numpy().data)
+        tensors[name] = data.view(dtype).reshape(shape)
+    return tensors | {alias: tensors[name] for alias, name in tied.items()}
+
+
+def _layout(tensors: Mapping[str, Tensor]) -> tuple[bytes, list[Tensor]]:
+    """The header, and the tensors in the order of their bytes: wide types first, so that each one is aligned."""
+    first: dict[tuple[object, ...], str] = {}
+    tied: dict[str, str] = {}
+    stored: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        assert name != "__metadata__", "a name the format reserves"
+        memory = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if tensor.numel() and memory in first:
+            tied[name] = first[memory]
+        else:
+            first[memory] = name
+            stored[name] = tensor
+    order = sorted(stored, key=lambda name: -stored[name].itemsize)
+    header: dict[str, Any] = {"__metadata__": {"tied": json.dumps(tied)}} if tied else {}
+    offset = 0
+    for name in order:
+        tensor = stored[name]
+        end = offset + tensor.nbytes
+        header[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
+    return struct.pack("<Q", len(text)) + text, [stored[name] for name in order]
+
+
+def _read_header(reader: HashingReader) -> tuple[dict[str, Any], int]:
+    """The header, and how many bytes follow it."""
+    if reader.size < 8:
+        raise ValueError("too short for a safetensors file")
+    (length,) = struct.unpack("<Q", reader.read(8))
+    if length > min(reader.size - 8, MAX_HEADER_BYTES):
+        raise ValueError(f"a header of {length} bytes in a file of {reader.size}")
+    try:
+        header = json.loads(reader.read(length))
+    except (ValueError, RecursionError):
+        raise ValueError("the header is not JSON: not a safetensors file") from None
+    if not isinstance(header, dict):
+        raise ValueError("the header is not a JSON object")
+    return header, reader.size - 8 - length
+
+
+_Entry = tuple[str, torch.dtype, list[int], int]
+
+
+def _parse(header: dict[str, Any], data_bytes: int) -> tuple[list[_Entry], dict[str, str]]:
+    """(name, dtype, shape, bytes) in the order of the bytes, and the tied names: alias -> name."""
+    try:
+        metadata = header.pop("__metadata__", {})
+        tied = {str(alias): str(name) for alias, name in json.loads(metadata.get("tied", "{}")).items()}
+        spans = sorted(
+            (int(begin), int(end), name)
+            for name, entry in header.items()
+            for begin, end in [entry["data_offsets"]]
+        )
+        entries = []
+        position = 0
+        for begin, end, name in spans:
+            dtype, shape = DTYPES[header[name]["dtype"]], [int(size) for size in header[name]["shape"]]
+            exact = min(shape, default=0) >= 0 and end - begin == math.prod(shape) * dtype.itemsize
+            if begin != position or not exact:
+                raise ValueError(
+                    f"tensor {name!r}: its bytes {begin}..{end} do not fit its shape or its neighbours"
+                )
+            entries.append((name, dtype, shape, end - begin))
+            position = end
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ValueError(f"the header is malformed: {error!r}") from None
+    if position != data_bytes:
+        raise ValueError(f"the header describes {position} bytes of tensors, the file has {data_bytes}")
+    if not (set(tied.values()) <= set(header) and set(tied).isdisjoint(header)):
+        raise ValueError("the header ties a name to no tensor")
+    return entries, tied
