@@ -13,10 +13,12 @@ class LivingKeys:
     """Rows of (k, v) with their lifetimes, appended as tokens come and forgotten once nobody can meet them.
 
     k [B, G, N, D], v [B, G, N, Dv], birth and death int32 [B, G, N]; heads that own fewer living rows than others
-    are padded with rows that are never alive.
+    are padded with rows that are never alive. With a `limit` no key outlives that many steps, whatever its mixer
+    says.
     """
 
-    def __init__(self, batch: int, device: torch.device) -> None:
+    def __init__(self, batch: int, device: torch.device, limit: int | None = None) -> None:
+        self.limit = limit
         self.stream = Stream(0, torch.zeros(batch, dtype=torch.int64, device=device))
         self.rows: dict[str, Tensor] = {}
         self.size = 0
@@ -24,6 +26,8 @@ class LivingKeys:
 
     def extend(self, k: Tensor, v: Tensor, life: Lifetimes, clock: Clock) -> tuple[Tensor, Tensor, Lifetimes]:
         """Add the new tokens' keys; returns all keys that the new queries may meet. Stored without gradient."""
+        if self.limit is not None:
+            life = life.until((life.birth.long() + self.limit).clamp(max=FOREVER).int())
         if self.size == 0:
             self._append(k, v, life)
             return k, v, life

@@ -98,8 +98,12 @@ class Mixer(nn.Module):
         """
 
     @abstractmethod
-    def init_state(self, batch: int) -> Any:
-        """An empty state for `batch` sequences."""
+    def init_state(self, batch: int, limit: int | None = None) -> Any:
+        """An empty state for `batch` sequences.
+
+        With a `limit` no key in it outlives that many tokens, whatever the mixer's own rule: so a state carried
+        along an endless stream stays bounded where keys would live for ever.
+        """
 
     @abstractmethod
     def cost(self, length: int) -> Cost:

@@ -115,9 +115,9 @@ class TokenAttention(Mixer):
         """[B, T, heads * D] -> [B, heads, T, D]."""
         return x.unflatten(2, (-1, self.head_dim)).transpose(1, 2)
 
-    def init_state(self, batch: int) -> LivingKeys:
+    def init_state(self, batch: int, limit: int | None = None) -> LivingKeys:
         """An empty cache of living keys for `batch` sequences."""
-        return LivingKeys(batch, self.query.weight.device)
+        return LivingKeys(batch, self.query.weight.device, limit)
 
     def pattern(self, length: int) -> Lifetimes:
         """Lifetimes of the keys of one document of `length` tokens, int32 broadcast to [kv_heads, length]."""

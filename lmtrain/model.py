@@ -209,9 +209,12 @@ class DecoderLM(nn.Module):
         """[V, D]: maps the hidden state to logits."""
         return self.embedding.weight if self.head is None else self.head.weight
 
-    def init_state(self, batch: int) -> ModelState:
-        """An empty state for `batch` sequences."""
-        layers = [{n: mixer.init_state(batch) for n, mixer in block.mixers.items()} for block in self.blocks]
+    def init_state(self, batch: int, limit: int | None = None) -> ModelState:
+        """An empty state for `batch` sequences; no key in it outlives `limit` tokens (`Mixer.init_state`)."""
+        layers = [
+            {name: mixer.init_state(batch, limit) for name, mixer in block.mixers.items()}
+            for block in self.blocks
+        ]
         start = torch.zeros(batch, dtype=torch.int64, device=self.embedding.weight.device)
         return ModelState(layers, Stream(0, start))
 
