@@ -1,0 +1,195 @@
+"""Rules that hold between settings. Each names the settings it reads; the first of them is the one to blame."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from attention.mixer import MIXERS, nearest
+from lmtrain.config_schema import BYTE_VOCABULARY, Config
+from lmtrain.divisors import nearest_divisors
+from lmtrain.problems import Problem
+
+MIXER_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """keys: the settings it reads; check: (config, ranks) -> what is wrong, or None."""
+
+    keys: tuple[str, ...]
+    check: Callable[[Config, int], str | None]
+
+
+@dataclass(frozen=True)
+class Effect:
+    """A setting that does nothing unless `decider` has a certain value."""
+
+    key: str
+    decider: str
+    has_effect: Callable[[Config], bool]
+    reason: str
+
+
+EFFECTS = [
+    Effect(
+        "optimizer.decay",
+        "optimizer.schedule",
+        lambda c: c.optimizer.schedule == "wsd",
+        "only the schedule wsd has a decay of its own length",
+    ),
+    Effect(
+        "optimizer.final",
+        "optimizer.schedule",
+        lambda c: c.optimizer.schedule != "constant",
+        "a constant schedule ends at the peak",
+    ),
+    Effect(
+        "data.path",
+        "data.corpus",
+        lambda c: c.data.corpus != "stdlib",
+        "the corpus stdlib is found by itself",
+    ),
+    Effect(
+        "data.validation",
+        "data.corpus",
+        lambda c: c.data.corpus == "text",
+        "only the corpus text has no split of its own",
+    ),
+]
+
+RULES: list[Rule] = []
+
+
+def rule(*keys: str) -> Callable[[Callable[[Config, int], str | None]], Callable[[Config, int], str | None]]:
+    """Register a rule over `keys`."""
+
+    def add(check: Callable[[Config, int], str | None]) -> Callable[[Config, int], str | None]:
+        RULES.append(Rule(keys, check))
+        return check
+
+    return add
+
+
+def broken_rules(config: Config, ranks: int, faulty: set[str]) -> Iterator[Problem]:
+    """Every broken rule, but for those that read a setting already known to be wrong."""
+    for each in RULES:
+        if not faulty.intersection(each.keys) and (message := each.check(config, ranks)):
+            yield Problem("", each.keys[0], message)
+    if "model.pattern" not in faulty:
+        yield from _pattern_problems(config, faulty)
+
+
+@rule("train.batch_tokens", "data.seq_len")
+def _batch_of_whole_sequences(config: Config, ranks: int) -> str | None:
+    tokens, unit = config.train.batch_tokens, config.data.seq_len * ranks
+    if tokens % unit == 0:
+        return None
+    near = ", ".join(str(n * unit) for n in (tokens // unit, tokens // unit + 1) if n)
+    closest = max(1, round(tokens / unit)) * unit
+    return f"not a multiple of data.seq_len {config.data.seq_len} x ranks {ranks}; nearest: {near or closest}"
+
+
+@rule("train.micro_batch", "train.batch_tokens", "data.seq_len")
+def _whole_micro_batches(config: Config, ranks: int) -> str | None:
+    sequences, rest = divmod(config.train.batch_tokens, config.data.seq_len * ranks)
+    if config.train.micro_batch is None or rest or sequences % config.train.micro_batch == 0:
+        return None
+    near = ", ".join(map(str, nearest_divisors(sequences, config.train.micro_batch)))
+    return (
+        f"does not divide the {sequences} sequences of a step "
+        f"(train.batch_tokens / data.seq_len / ranks {ranks}); nearest: {near}"
+    )
+
+
+@rule("train.dtype")
+def _half_precision(config: Config, ranks: int) -> str | None:
+    if config.train.dtype != "float16" or torch.cuda.is_available():
+        return None
+    return "needs a CUDA device, and none is here: CPUs have no fast float16; use bfloat16 or float32"
+
+
+@rule("eval.stride", "eval.context", "data.seq_len")
+def _stride_within_context(config: Config, ranks: int) -> str | None:
+    if config.eval_stride <= config.eval_context:
+        return None
+    return f"more than the context of {config.eval_context}: tokens between two windows would not be scored"
+
+
+@rule("model.learned_positions", "data.seq_len", "eval.context")
+def _positions_reach(config: Config, ranks: int) -> str | None:
+    table = config.model.learned_positions
+    if table is None:
+        return None
+    longer = [
+        f"{key} {length}"
+        for key, length in (("data.seq_len", config.data.seq_len), ("eval.context", config.eval.context))
+        if length is not None and length > table
+    ]
+    return f"the position table is shorter than {' and '.join(longer)}" if longer else None
+
+
+@rule("model.vocab_size", "data.tokenizer")
+def _vocabulary_holds_bytes(config: Config, ranks: int) -> str | None:
+    size = config.model.vocab_size
+    if size is None or size >= BYTE_VOCABULARY or config.data.tokenizer != "bytes":
+        return None
+    return f"less than the {BYTE_VOCABULARY} tokens of the tokenizer bytes"
+
+
+@rule("optimizer.decay", "optimizer.warmup", "optimizer.schedule")
+def _schedule_fits(config: Config, ranks: int) -> str | None:
+    optimizer = config.optimizer
+    if optimizer.schedule != "wsd" or optimizer.warmup + optimizer.decay <= 1:
+        return None
+    return f"together with optimizer.warmup {optimizer.warmup} more than all steps"
+
+
+@rule("data.path", "data.corpus")
+def _text_has_a_path(config: Config, ranks: int) -> str | None:
+    missing = config.data.corpus == "text" and config.data.path is None
+    return "the corpus text needs the path of its files" if missing else None
+
+
+@rule("data.validation")
+def _validation_share(config: Config, ranks: int) -> str | None:
+    try:
+        share = float(config.data.validation)
+    except ValueError:
+        return None  # the path of a file
+    return None if 0 < share < 1 else "must be a share > 0 and < 1, or the path of a file"
+
+
+def _pattern_problems(config: Config, faulty: set[str]) -> Iterator[Problem]:
+    """A malformed pattern, words without a definition, and what the mixers in use say to their settings."""
+    defined = list(config.model.mixers)
+    words = config.model.pattern.split()
+    if not words:
+        known = f" ({', '.join(defined)})" if defined else "; define some under model.mixers"
+        yield Problem("", "model.pattern", f"must name the mixer of each layer{known}")
+    names = dict.fromkeys(name for word in words for name in word.split("+"))
+    for word in words:
+        if not all(word.split("+")):
+            yield Problem("", "model.pattern", f"{word} is malformed; side by side is a+b")
+        elif len(set(word.split("+"))) < len(word.split("+")):
+            yield Problem(
+                "", "model.pattern", f"{word} names a mixer twice; define a second one under another name"
+            )
+    for name in filter(None, names):
+        key = f"model.mixers.{name}"
+        if name in config.model.mixers:
+            if not any(f == key or f.startswith(f"{key}.") for f in faulty) and "model.dim" not in faulty:
+                yield from _mixer_problems(config, name)
+        elif key not in faulty and "model.mixers" not in faulty:
+            message = f"{name} is not defined under model.mixers{nearest(name, defined)}"
+            yield Problem("", "model.pattern", f"{message} ({', '.join(defined) or 'none is'})")
+
+
+def _mixer_problems(config: Config, name: str) -> Iterator[Problem]:
+    settings = dict(config.model.mixers[name])
+    kind = MIXERS[settings.pop("kind")]
+    for setting, message in kind.Config(**settings).problems(config.model.dim):
+        yield Problem("", f"model.mixers.{name}.{setting}", message)

@@ -1,0 +1,239 @@
+"""The schema: every setting with its type, default, range and meaning. Errors and docs/config.md come from here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lmtrain.divisors import largest_divisor
+
+MICRO_BATCH_TOKENS = 16384
+"""Most tokens that a derived micro-batch holds."""
+
+BYTE_VOCABULARY = 256
+
+
+def setting(
+    default: Any,
+    meaning: str,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """A field of a section: its default, what it means, and its range (of each element, if it has several).
+
+    The metadata are those of a mixer's settings (`attention.mixer.setting`), so both are read by the same code.
+    """
+    limits = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
+    return field(default=default, metadata={"meaning": meaning, **limits})
+
+
+@dataclass
+class RunConfig:
+    """The run itself."""
+
+    dir: str | None = setting(None, "folder of the run; null = runs/ and the name of the config")
+    seed: int = setting(1337, "of weights, dropout and the order of samples", at_least=0, at_most=2**32 - 1)
+
+
+@dataclass
+class DataConfig:
+    """What is read."""
+
+    corpus: Literal["text", "enwik8", "stdlib"] = setting(
+        "stdlib", "`text`: files of your own; `enwik8`; `stdlib`: the Python sources on this machine"
+    )
+    path: str | None = setting(
+        None, "file, folder or pattern; a relative one is looked up here, then in `$LMTRAIN_DATA`"
+    )
+    validation: str = setting("0.1", "what validates: a share at the end of the text, or the path of a file")
+    tokenizer: Literal["bytes", "characters"] = setting(
+        "bytes", "`bytes`, or the `characters` of the training text"
+    )
+    seq_len: int = setting(1024, "tokens of a training sequence", at_least=1, at_most=2**31 - 2)
+    documents: Literal["concatenate", "reset"] = setting(
+        "concatenate", "`reset`: documents packed into one sequence do not see each other"
+    )
+    cache: str | None = setting(
+        None, "folder of prepared tokens; null = `$LMTRAIN_CACHE`, or ~/.cache/lmtrain"
+    )
+
+
+@dataclass
+class TrainConfig:
+    """How far and in what pieces."""
+
+    steps: int = setting(1000, "optimizer steps", at_least=1, at_most=10**12)
+    batch_tokens: int = setting(
+        16384, "tokens of one step, over all ranks; a multiple of data.seq_len", at_least=1, at_most=2**40
+    )
+    micro_batch: int | None = setting(
+        None,
+        f"sequences of one forward pass; null = as many as fit in {MICRO_BATCH_TOKENS:,} tokens",
+        at_least=1,
+        at_most=2**40,
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = setting(
+        "float32", "of matrix products; weights stay float32"
+    )
+    clip: float = setting(1.0, "largest gradient norm; 0 = off", at_least=0)
+    activation_checkpointing: bool = setting(
+        False, "recompute each layer in the backward pass to save memory"
+    )
+    compile: bool = setting(False, "compile the model with torch.compile")
+    threads: int | None = setting(None, "CPU threads; null = torch's choice", at_least=1, at_most=4096)
+    max_skips: int = setting(
+        10, "consecutive non-finite updates before training gives up", at_least=1, at_most=10**12
+    )
+
+
+@dataclass
+class OptimizerConfig:
+    """How weights move."""
+
+    kind: Literal["adamw", "muon"] = setting("adamw", "`muon`: Muon for matrices, AdamW for the rest")
+    lr: float = setting(1e-3, "peak learning rate", above=0)
+    betas: tuple[float, float] = setting((0.9, 0.95), "decay of the two moments", at_least=0, below=1)
+    eps: float = setting(1e-8, "added to the root of the second moment", above=0)
+    weight_decay: float = setting(0.1, "of matrices; vectors and routers do not decay", at_least=0)
+    schedule: Literal["cosine", "wsd", "constant"] = setting(
+        "cosine", "after the warm-up: `cosine`, `wsd` (stable, then decay), `constant`"
+    )
+    warmup: float = setting(0.05, "share of the steps in which the rate rises", at_least=0, at_most=1)
+    final: float = setting(
+        0.1, "last learning rate as a share of the peak (cosine, wsd)", at_least=0, at_most=1
+    )
+    decay: float = setting(
+        0.2, "wsd: share of the steps, at the end, in which the rate falls", at_least=0, at_most=1
+    )
+
+
+@dataclass
+class LogConfig:
+    """What is told."""
+
+    every: int = setting(10, "steps between two rows of metrics.jsonl", at_least=1, at_most=10**12)
+    tensorboard: bool = setting(True, "write TensorBoard files too")
+
+
+@dataclass
+class EvalConfig:
+    """Evaluation during training, and its protocol."""
+
+    every: int = setting(
+        250, "steps between two evaluations; 0 = only at the end", at_least=0, at_most=10**12
+    )
+    tokens: int = setting(
+        262144, "most tokens scored by an evaluation in training", at_least=1, at_most=10**12
+    )
+    context: int | None = setting(
+        None, "most tokens that a scored token may see; null = data.seq_len", at_least=1, at_most=2**31 - 2
+    )
+    stride: int | None = setting(
+        None, "new tokens scored per window; null = eval.context", at_least=1, at_most=2**31 - 2
+    )
+
+
+@dataclass
+class CheckpointConfig:
+    """What is kept."""
+
+    every: int = setting(
+        250, "steps between two checkpoints; the last step always has one", at_least=1, at_most=10**12
+    )
+    keep: int = setting(3, "newest checkpoints kept, of those that verify", at_least=1, at_most=10**6)
+
+
+@dataclass
+class ParallelConfig:
+    """Who computes."""
+
+    engine: Literal["torch"] = setting("torch", "plain torch, on any number of data ranks")
+
+
+@dataclass
+class ModelConfig:
+    """The decoder."""
+
+    dim: int = setting(256, "width of the residual stream", at_least=1, at_most=2**20)
+    layers: int = setting(4, "residual blocks", at_least=1, at_most=10**4)
+    mixers: dict[str, dict[str, Any]] = field(
+        default_factory=dict, metadata={"meaning": "name -> {kind: a mixer, and its settings}; see below"}
+    )
+    pattern: str = setting(
+        "", "names of mixers, one word per layer, repeated over the layers; `a+b`: both, side by side"
+    )
+    vocab_size: int | None = setting(
+        None, "rows of the embedding; null = those of the tokenizer", at_least=1, at_most=2**31 - 1
+    )
+    norm: Literal["rmsnorm", "layernorm"] = setting("rmsnorm", "norm in front of each branch")
+    ffn: Literal["swiglu", "gelu"] = setting("swiglu", "feed-forward layer")
+    ffn_dim: int | None = setting(
+        None, "its width; null = 8/3 dim rounded up to 64 (swiglu), 4 dim (gelu)", at_least=1, at_most=2**24
+    )
+    learned_positions: int | None = setting(
+        None,
+        "length of a learned position table, at least data.seq_len and eval.context (then set `rotary: 0` in the mixers)",
+        at_least=1,
+        at_most=2**31 - 2,
+    )
+    tied: bool = setting(False, "the head is the embedding")
+    dropout: float = setting(0.0, "of the embedding and of each branch", at_least=0, below=1)
+    init_std: float | None = setting(
+        None,
+        "of the first weights; null = fan_in^-1/2. Residual outputs are scaled by (2 layers)^-1/2",
+        above=0,
+    )
+
+    @property
+    def hidden(self) -> int:
+        """ffn_dim, filled in."""
+        if self.ffn_dim is not None:
+            return self.ffn_dim
+        return 4 * self.dim if self.ffn == "gelu" else -(-8 * self.dim // (3 * 64)) * 64
+
+
+@dataclass
+class Config:
+    """All settings of a run, checked and resolved.
+
+    interpolations: for each key written with `${...}`, the text as written and the value it had. What is saved is
+    the text: it may name an environment variable whose value is a secret.
+    """
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    interpolations: dict[str, tuple[str, Any]] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def batch_sequences(self) -> int:
+        """Sequences of one optimizer step, over all ranks."""
+        return self.train.batch_tokens // self.data.seq_len
+
+    def micro_batch(self, ranks: int = 1) -> int:
+        """Sequences of one forward pass on each of `ranks`.
+
+        Unless set, the largest divisor of the rank's share whose tokens fit in MICRO_BATCH_TOKENS, at least 1.
+        """
+        if self.train.micro_batch is not None:
+            return self.train.micro_batch
+        return largest_divisor(self.batch_sequences // ranks, max(1, MICRO_BATCH_TOKENS // self.data.seq_len))
+
+    @property
+    def eval_context(self) -> int:
+        """eval.context, filled in."""
+        return self.eval.context or self.data.seq_len
+
+    @property
+    def eval_stride(self) -> int:
+        """eval.stride, filled in."""
+        return self.eval.stride or self.eval_context
