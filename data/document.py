@@ -1,0 +1,141 @@
+"""Original text as documents: byte ranges of files, read lazily and in bounded memory."""
+
+import gzip
+import lzma
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import IO
+
+CHUNK = 1 << 20  # bytes read at a time
+
+_OPENERS: dict[str, Callable[[Path], IO[bytes]]] = {".xz": lzma.open, ".gz": gzip.open}  # type: ignore[dict-item]
+
+
+@dataclass(frozen=True)
+class Document:
+    """Bytes [start, stop) of a file. Files named .xz or .gz are decompressed; nothing else is changed, line ends included."""
+
+    path: Path
+    start: int
+    stop: int
+
+    @classmethod
+    def whole(cls, path: Path) -> "Document":
+        return cls(path, 0, file_size(path))
+
+    @property
+    def num_bytes(self) -> int:
+        return self.stop - self.start
+
+    def chunks(self) -> Iterator[bytes]:
+        """The text in pieces of about `CHUNK` bytes, none of which cuts a UTF-8 character."""
+        held = b""  # the last character of a block waits for the next block: it may be incomplete
+        left = self.num_bytes
+        with _reading(self.path) as file:
+            file.seek(self.start)
+            while left:
+                block = file.read(min(CHUNK, left))
+                if not block:
+                    raise ValueError(
+                        f"{self.locate(self.num_bytes - left)}: the file ends here, {left} bytes too early"
+                    )
+                left -= len(block)
+                block = held + block
+                cut = character_start(block, len(block) - 1) if left else len(block)
+                held = block[cut:]
+                if cut:
+                    yield block[:cut]
+
+    def locate(self, offset: int) -> str:
+        """Words for the byte `offset` of this document, for messages."""
+        return f"{self.path}, byte {self.start + offset}"
+
+
+@dataclass(frozen=True)
+class Split:
+    """A part of a corpus: documents in a fixed order, none of them empty."""
+
+    documents: tuple[Document, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(document.num_bytes for document in self.documents)
+
+    def chunks(self) -> Iterator[bytes]:
+        """The text of all documents, one after another, in pieces that cut no UTF-8 character."""
+        for document in self.documents:
+            yield from document.chunks()
+
+    def locate(self, offset: int) -> str:
+        """Words for the byte `offset` of this split, for messages."""
+        for document in self.documents:
+            if offset < document.num_bytes:
+                break
+            offset -= document.num_bytes
+        return document.locate(offset)
+
+
+class WordCounter:
+    """Counts whitespace-separated words as `len(text.split())` does, over text that comes in pieces.
+
+    The pieces cut no UTF-8 character; bytes that are not UTF-8 count as letters.
+    """
+
+    def __init__(self) -> None:
+        self.words = 0
+        self._inside = False
+
+    def add(self, chunk: bytes) -> None:
+        text = chunk.decode("utf-8", "replace")
+        continues = self._inside and not text[0].isspace()
+        self.words += len(text.split()) - continues
+        self._inside = not text[-1].isspace()
+
+
+def character_start(text: bytes, position: int) -> int:
+    """The start of the UTF-8 character that the byte at `position` belongs to; `position` itself if the text is not UTF-8."""
+    for start in range(position, max(position - 4, -1), -1):
+        if text[start] & 0xC0 != 0x80:
+            return start
+    return position
+
+
+def file_size(path: Path) -> int:
+    """Bytes of a file's text: decompressed for .xz and .gz, which takes a pass over the file."""
+    status = _stat(path)
+    if path.suffix not in _OPENERS:
+        return status.st_size
+    return _decompressed_size(path, status.st_size, status.st_mtime_ns)
+
+
+def same_file_key(path: Path) -> tuple[int, int]:
+    """Equal for two paths exactly if they are one file, through links as well."""
+    status = _stat(path)
+    return status.st_dev, status.st_ino
+
+
+def _stat(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+@lru_cache
+def _decompressed_size(path: Path, compressed_size: int, mtime_ns: int) -> int:
+    with _reading(path) as file:
+        return sum(len(block) for block in iter(lambda: file.read(CHUNK), b""))
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[IO[bytes]]:
+    try:
+        with _OPENERS.get(path.suffix, lambda path: path.open("rb"))(path) as file:
+            yield file
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        raise ValueError(f"{path}: cannot be read ({error})") from error

@@ -1,0 +1,129 @@
+"""Batches of training windows: which samples a step, a micro-batch and a rank read, and what a model is told about them."""
+
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.order import SampleOrder
+from data.prefetch import prefetch
+from data.shards import TokenDataset
+
+UNSCORED = -100  # torch's `ignore_index`
+DOCUMENTS = ("concatenate", "reset")
+STEPS_AHEAD = 4
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of b windows of T tokens. All tensors int64 [b, T].
+
+    labels: the next token, or -100 where it is unscored.
+    positions, document_ends: None if documents are concatenated, else see `Loader`.
+    first_sample: global index of row 0; the rows are consecutive samples.
+    crc: sum over the rows, modulo 2^32, of the crc32 of each row's T + 1 token ids as little-endian uint32. Added over the
+        micro-batches and ranks of a step it tells which data the step read, whatever the world size.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    positions: Tensor | None
+    document_ends: Tensor | None
+    first_sample: int
+    crc: int
+
+
+class Loader:
+    """Training batches of one data rank, in the order that `SampleOrder` fixes.
+
+    A step reads G = `batch_sequences` consecutive samples, all ranks together. With W = `world` ranks and u = `micro_batch`,
+    row j of micro-batch m of rank r is the step's sample mWu + ru + j: the set does not depend on W or u.
+
+    documents: what a window does that spans several documents.
+        "concatenate": nothing, the text is one stream.
+        "reset": each document is alone. `positions` count from the start of the document, or of the row if it began
+            earlier, so that a row depends on nothing outside it. `document_ends` is the index in the row one past the
+            document's last token, more than T if it goes on after the row. The last token of a document is unscored: its
+            target belongs to another document.
+    """
+
+    def __init__(
+        self,
+        dataset: TokenDataset,
+        *,
+        seq_len: int,
+        batch_sequences: int,
+        micro_batch: int,
+        seed: int,
+        documents: str = "concatenate",
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        if documents not in DOCUMENTS:
+            raise ValueError(f"data.documents: must be {' or '.join(DOCUMENTS)}, not {documents!r}")
+        if min(batch_sequences, micro_batch) < 1 or batch_sequences % (micro_batch * world):
+            raise ValueError(
+                f"train.micro_batch: {batch_sequences} sequences cannot be cut into micro-batches of {micro_batch} "
+                f"on {world} data ranks"
+            )
+        assert 0 <= rank < world, (rank, world)
+        self.dataset = dataset
+        self.order = SampleOrder(len(dataset.tokens), seq_len, seed)
+        self.seq_len = seq_len
+        self.batch_sequences = batch_sequences
+        self.micro_batch = micro_batch
+        self.documents = documents
+        self.rank = rank
+        self.world = world
+
+    def batches(self, first_sample: int) -> Iterator[list[Batch]]:
+        """This rank's micro-batches of one optimizer step after another, without end; a thread works ahead.
+
+        first_sample: the data cursor, the number of samples that all steps before have read.
+        """
+        return prefetch(
+            (self.step(first) for first in count(first_sample, self.batch_sequences)), STEPS_AHEAD
+        )
+
+    def step(self, first_sample: int) -> list[Batch]:
+        """This rank's micro-batches of the step that reads the samples from `first_sample` on."""
+        stride = self.world * self.micro_batch
+        first = first_sample + self.rank * self.micro_batch
+        return [self._batch(first + offset) for offset in range(0, self.batch_sequences, stride)]
+
+    def _batch(self, first_sample: int) -> Batch:
+        starts = self.order.starts(np.arange(first_sample, first_sample + self.micro_batch))
+        tokens = np.asarray(self.dataset.tokens)
+        rows = np.stack([tokens[start : start + self.seq_len + 1] for start in starts]).astype(np.int64)
+        labels = rows[:, 1:].copy()
+        positions = ends = None
+        if self.documents == "reset":
+            positions, ends = document_bounds(self.dataset.document_starts, starts, self.seq_len)
+            labels[np.arange(1, self.seq_len + 1) >= ends] = UNSCORED
+        crc = sum(zlib.crc32(row) for row in rows.astype("<u4")) % 2**32
+        return Batch(
+            torch.from_numpy(rows[:, :-1].copy()),
+            torch.from_numpy(labels),
+            None if positions is None else torch.from_numpy(positions),
+            None if ends is None else torch.from_numpy(ends),
+            first_sample,
+            crc,
+        )
+
+
+def document_bounds(
+    document_starts: np.ndarray, row_starts: np.ndarray, seq_len: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(positions, document_ends) int64 [b, T] of rows of `seq_len` tokens, as `Loader` defines them.
+
+    document_starts int64 [D + 1], the last one the end of the stream; row_starts int64 [b].
+    """
+    row_starts = row_starts[:, None]
+    stream = row_starts + np.arange(seq_len)
+    document = np.searchsorted(document_starts, stream, side="right") - 1
+    positions = stream - np.maximum(document_starts[document], row_starts)
+    return positions, document_starts[document + 1] - row_starts

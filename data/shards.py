@@ -1,0 +1,111 @@
+"""Preparation of token shards: each split of a corpus is tokenized once and kept in a cache folder.
+
+A dataset appears under its name complete or not at all: it is written beside, flushed and renamed.
+"""
+
+import errno
+import fcntl
+import os
+import shutil
+import socket
+import uuid
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from data.corpus import Corpus
+from data.dataset import VERSION, TokenDataset, open_dataset, sha256_json, sync_folder, write_dataset
+from data.document import Split
+from data.tokenizer import Tokenizer, token_dtype, tokenizer_hash
+
+__all__ = ["TokenDataset", "default_cache", "open_dataset", "prepare"]
+
+
+def default_cache() -> Path:
+    """$LMTRAIN_CACHE, or ~/.cache/lmtrain."""
+    return Path(os.environ.get("LMTRAIN_CACHE") or "~/.cache/lmtrain").expanduser()
+
+
+def prepare(
+    corpus: Corpus, split: str, tokenizer: Tokenizer, cache_dir: str | Path | None = None
+) -> TokenDataset:
+    """The split in tokens: from the cache if it is there and intact, else made and cached.
+
+    A damaged folder of the cache is made anew, with a warning. Processes that need the same dataset at once make it once.
+    cache_dir: None means `default_cache()`. ValueError if the text cannot be encoded or the cache not written.
+    """
+    text = corpus.split(split)
+    cache = default_cache() if cache_dir is None else Path(cache_dir).expanduser()
+    folder = cache / f"{corpus.name}-{split}-{tokenizer.name}-{_cache_key(corpus, split, text, tokenizer)}"
+    with suppress(ValueError):
+        return open_dataset(folder)
+    with _writing(folder, text.num_bytes * token_dtype(tokenizer.vocab_size).itemsize), _locked(folder):
+        if folder.exists():  # damaged, unless another process has just made it
+            try:
+                return open_dataset(folder)
+            except ValueError as error:
+                warnings.warn(f"damaged cache, made anew: {error}", stacklevel=2)
+                folder.rename(_scratch(folder))
+        for abandoned in folder.parent.glob(
+            f"{_scratch_prefix(folder)}*"
+        ):  # we hold the lock: nobody is writing them
+            shutil.rmtree(abandoned, ignore_errors=True)
+        temporary = _scratch(folder)
+        try:
+            write_dataset(temporary, corpus.name, split, text, tokenizer)
+            _commit(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return open_dataset(folder)
+
+
+def _cache_key(corpus: Corpus, split: str, text: Split, tokenizer: Tokenizer) -> str:
+    """Changes with whatever may change the tokens; the split rule is in the byte ranges of the documents."""
+    sources = []
+    for document in text.documents:
+        path = document.path.resolve()
+        status = path.stat()
+        sources.append([str(path), status.st_size, status.st_mtime_ns, document.start, document.stop])
+    return sha256_json([VERSION, corpus.name, split, tokenizer_hash(tokenizer), sources])[:16]
+
+
+def _commit(temporary: Path, folder: Path) -> None:
+    try:
+        temporary.rename(folder)
+    except OSError as error:
+        if error.errno not in (
+            errno.ENOTEMPTY,
+            errno.EEXIST,
+        ):  # another process was first: its dataset is as good
+            raise
+    sync_folder(folder.parent)
+
+
+def _scratch(folder: Path) -> Path:
+    return folder.with_name(_scratch_prefix(folder) + uuid.uuid4().hex[:8])
+
+
+def _scratch_prefix(folder: Path) -> str:
+    return f"{folder.name}.tmp-{socket.gethostname()}-"  # locks of some shared file systems do not reach other hosts
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time makes this dataset. Without lock support all make it, and the first to finish wins."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f"{folder.name}.lock").open("w") as file:
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _writing(folder: Path, num_bytes: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"data.cache: cannot write {num_bytes:,} bytes into {folder.parent} ({error.strerror}); "
+            "choose another folder with data.cache or $LMTRAIN_CACHE"
+        ) from error

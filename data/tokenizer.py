@@ -1,0 +1,188 @@
+"""Tokenizers: text as bytes in, token ids out. Bytes; the characters of the training text."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+
+
+class Text(Protocol):
+    """What a tokenizer reads: a document, or a whole split."""
+
+    def chunks(self) -> Iterator[bytes]: ...
+    def locate(self, offset: int) -> str: ...
+
+
+class EncodingError(ValueError):
+    """Text that a tokenizer cannot encode, `offset` bytes after its start."""
+
+    def __init__(self, offset: int, reason: str) -> None:
+        super().__init__(f"byte {offset}: {reason}")
+        self.offset = offset
+        self.reason = reason
+
+
+class Tokenizer(Protocol):
+    """Exact in both directions: `decode(encode(text)) == text`, and the `token_bytes` of the ids sum to len(text).
+
+    encode: EncodingError for text it has no tokens for. decode: ValueError for an id that is no token.
+    """
+
+    name: ClassVar[str]
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def token_bytes(self) -> np.ndarray:
+        """int64 [vocab_size]: UTF-8 bytes of each token, the denominator of bits per byte."""
+
+    def encode(self, text: bytes) -> np.ndarray:
+        """Token ids [n], of the dtype `token_dtype(vocab_size)`."""
+
+    def decode(self, ids: np.ndarray) -> bytes: ...
+
+    def to_json(self) -> dict[str, Any]:
+        """All that `from_json` needs; its hash is the tokenizer's identity."""
+
+
+class ByteTokenizer:
+    """256 tokens, the bytes themselves: every text has an encoding."""
+
+    name: ClassVar[str] = "bytes"
+    vocab_size = 256
+    token_bytes = np.ones(256, dtype=np.int64)
+
+    def encode(self, text: bytes) -> np.ndarray:
+        return np.frombuffer(text, dtype=np.uint8)
+
+    def decode(self, ids: np.ndarray) -> bytes:
+        return _checked_ids(ids, self.vocab_size).astype(np.uint8).tobytes()
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name}
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> "ByteTokenizer":
+        return cls()
+
+    @classmethod
+    def train(cls, text: Text) -> "ByteTokenizer":
+        return cls()
+
+
+class CharacterTokenizer:
+    """The distinct characters (Unicode code points) of a text, in the order of their code points."""
+
+    name: ClassVar[str] = "characters"
+
+    def __init__(self, characters: str) -> None:
+        self.characters = "".join(sorted(set(characters)))
+        self._codes = _code_points(self.characters)
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.characters)
+
+    @property
+    def token_bytes(self) -> np.ndarray:
+        return np.array([len(character.encode()) for character in self.characters], dtype=np.int64)
+
+    def encode(self, text: bytes) -> np.ndarray:
+        characters = _decode_utf8(text)
+        codes = _code_points(characters)
+        ids = np.minimum(np.searchsorted(self._codes, codes), self.vocab_size - 1)
+        unknown = self._codes[ids] != codes
+        if unknown.any():
+            first = int(unknown.argmax())
+            offset = len(characters[:first].encode())
+            raise EncodingError(offset, f"character {characters[first]!r} is not in the training text")
+        return ids.astype(token_dtype(self.vocab_size))
+
+    def decode(self, ids: np.ndarray) -> bytes:
+        codes = self._codes[_checked_ids(ids, self.vocab_size)]
+        return codes.tobytes().decode("utf-32-le").encode()
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "characters": self.characters}
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> "CharacterTokenizer":
+        return cls(fields["characters"])
+
+    @classmethod
+    def train(cls, text: Text) -> "CharacterTokenizer":
+        seen: set[str] = set()
+        offset = 0
+        for chunk in text.chunks():
+            try:
+                seen |= set(_decode_utf8(chunk))
+            except EncodingError as error:
+                raise ValueError(f"{text.locate(offset + error.offset)}: {error.reason}") from None
+            offset += len(chunk)
+        return cls("".join(seen))
+
+
+TOKENIZERS: dict[str, type[ByteTokenizer] | type[CharacterTokenizer]] = {
+    tokenizer.name: tokenizer for tokenizer in (ByteTokenizer, CharacterTokenizer)
+}
+
+
+def build_tokenizer(name: str, training_text: Text) -> Tokenizer:
+    """The tokenizer of that name, made from the training text (a `Split`) if it depends on one."""
+    return _class_of(name).train(training_text)
+
+
+def from_json(fields: dict[str, Any]) -> Tokenizer:
+    """The tokenizer that `to_json` described."""
+    return _class_of(fields["name"]).from_json(fields)
+
+
+def tokenizer_hash(tokenizer: Tokenizer) -> str:
+    """sha256 of the tokenizer's canonical JSON."""
+    return hashlib.sha256(json.dumps(tokenizer.to_json(), sort_keys=True).encode()).hexdigest()
+
+
+def encode_text(tokenizer: Tokenizer, text: Text) -> Iterator[tuple[bytes, np.ndarray]]:
+    """Pairs (piece of the text, its ids); ValueError names file and byte of what cannot be encoded."""
+    offset = 0
+    for chunk in text.chunks():
+        try:
+            ids = tokenizer.encode(chunk)
+        except EncodingError as error:
+            raise ValueError(f"{text.locate(offset + error.offset)}: {error.reason}") from None
+        yield chunk, ids
+        offset += len(chunk)
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The smallest unsigned little-endian type that holds the ids below `vocab_size`."""
+    return np.dtype("<u1" if vocab_size <= 1 << 8 else "<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+def _class_of(name: str) -> type[ByteTokenizer] | type[CharacterTokenizer]:
+    if name not in TOKENIZERS:
+        raise ValueError(f"data.tokenizer: no tokenizer {name!r}; known: {', '.join(TOKENIZERS)}")
+    return TOKENIZERS[name]
+
+
+def _decode_utf8(text: bytes) -> str:
+    try:
+        return text.decode()
+    except UnicodeDecodeError as error:
+        raise EncodingError(error.start, "not UTF-8; the tokenizer `bytes` takes any text") from None
+
+
+def _code_points(characters: str) -> np.ndarray:
+    return np.frombuffer(characters.encode("utf-32-le"), dtype="<u4")
+
+
+def _checked_ids(ids: np.ndarray, vocab_size: int) -> np.ndarray:
+    ids = np.asarray(ids)
+    if ids.size and not (ids.min() >= 0 and ids.max() < vocab_size):
+        raise ValueError(
+            f"ids from {ids.min()} to {ids.max()} cannot be decoded: the tokenizer has {vocab_size} tokens"
+        )
+    return ids
