@@ -1,5 +1,4 @@
-"""Checkpoints: one folder each, complete or absent, every byte hashed, nothing in it that a load could
-execute.
+"""Checkpoints: a folder each, complete or absent, every byte hashed, nothing that a load could execute.
 
     step-250/model.safetensors        one file for each group of tensors
     step-250/optimizer.safetensors
@@ -58,7 +57,7 @@ class CheckpointError(Exception):
     """
 
     def __init__(self, path: Path, bytes_needed: int, reason: str) -> None:
-        super().__init__(f"{path} could not be written ({bytes_needed:,} bytes): {reason}")
+        super().__init__(f"{path} could not be written: {reason}; it needs {bytes_needed:,} bytes")
         self.path = path
         self.bytes_needed = bytes_needed
 
@@ -89,11 +88,11 @@ def save(
     dataset: str | None = None,
     world: int = 1,
 ) -> Path:
-    """Writes `folder/step-N` and returns it, once it is on the disk and was read back.
+    """Writes `folder/step-N` and returns it; it gets this name when it is on the disk and was read back.
 
     `state` must be JSON (tuples come back as lists, keys as strings); `config` is the configuration's hash,
     `dataset` the data's fingerprint, `world` the number of processes. A `step-N` already there is set aside.
-    CheckpointError if the disk refuses, or gives back something else: then nothing is left of it.
+    CheckpointError if the disk refuses it, or gives back something else; then nothing is left of it.
     """
     folder = Path(folder)
     target = folder / f"step-{step}"
@@ -109,6 +108,8 @@ def save(
             files = _write_files(temporary, tensors, state)
             write_manifest(temporary, Manifest(step, files, config, dataset, world, _versions()))
             sync_folder(temporary)
+            if problems := verify(temporary):
+                raise OSError(errno.EIO, f"read back, it differs: {'; '.join(problems)}")
             _commit(temporary, target)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -117,9 +118,6 @@ def save(
         raise CheckpointError(target, needed, error.strerror or str(error)) from error
     fault.before("latest")
     _point_latest(target)
-    if problems := verify(target):
-        os.rename(target, _aside(target))
-        raise CheckpointError(target, needed, "read back, it differs: " + "; ".join(problems))
     return target
 
 
@@ -160,11 +158,9 @@ def _write_files(folder: Path, tensors: Groups, state: Mapping[str, Any]) -> dic
 
 
 def _commit(temporary: Path, target: Path) -> None:
-    """Gives a complete checkpoint its name. A folder cannot be renamed onto a full one, so that steps aside
-    first.
-    """
+    """Gives a complete checkpoint its name. A folder that bears it, and cannot be replaced, steps aside."""
     if os.path.lexists(target):
-        os.rename(target, _aside(target))
+        os.rename(target, target.with_name(f"{target.name}.damaged-{token()}"))
     fault.before("commit")
     os.rename(temporary, target)
     sync_folder(target.parent)
@@ -175,10 +171,6 @@ def _point_latest(target: Path) -> None:
         replace_bytes(target.with_name("latest"), f"{target.name}\n".encode())
     except OSError as error:  # only a hint: the checkpoint is there without it
         logger.warning("%s does not point to %s: %s", target.with_name("latest"), target.name, error)
-
-
-def _aside(target: Path) -> Path:
-    return target.with_name(f"{target.name}.damaged-{token()}")
 
 
 def _versions() -> dict[str, str]:

@@ -51,7 +51,7 @@ def before(point: str) -> None:
 
 
 def before_update(step: int, parameters: Iterable[Any]) -> None:
-    """Called between the backward and the update of optimizer step `step`, with tensors that carry `.grad`."""
+    """Called between the backward and the update of step `step`, with tensors that carry `.grad`."""
     faults = _faults()
     if f"step={step}:kill" in faults:
         _die()

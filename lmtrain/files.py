@@ -3,6 +3,7 @@
 POSIX only. A rename replaces its target in one step, and is durable once the folder is synced too.
 """
 
+import errno
 import hashlib
 import os
 import re
@@ -22,16 +23,19 @@ def token() -> str:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes renames in `folder` durable."""
+    """Makes renames in `folder` durable, where the file system knows how to."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # what some network file systems say to a folder
+            raise
     finally:
         os.close(descriptor)
 
 
 def replace_bytes(path: Path, content: bytes) -> None:
-    """Replaces the file at `path`, or creates it: a reader sees the old content or the new, never a mixture."""
+    """Replaces the file at `path`, or creates it: a reader sees the old content or the new, no mixture."""
     temporary = path.with_name(f"{path.name}.tmp-{token()}")
     try:
         with open(temporary, "xb") as file:
@@ -46,7 +50,7 @@ def replace_bytes(path: Path, content: bytes) -> None:
 
 
 class HashingWriter:
-    """A new file of a checkpoint; `bytes` and `sha256()` tell what was written, `close` makes it durable."""
+    """A new file of a checkpoint, durable when its `with` ends; `bytes` and `sha256()` of what was written."""
 
     def __init__(self, path: Path) -> None:
         self.bytes = 0
@@ -66,17 +70,15 @@ class HashingWriter:
     def sha256(self) -> str:
         return self._hash.hexdigest()
 
-    def close(self) -> None:
-        try:
-            os.fsync(self._descriptor)
-        finally:
-            os.close(self._descriptor)
-
     def __enter__(self) -> "HashingWriter":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                os.fsync(self._descriptor)
+        finally:
+            os.close(self._descriptor)
 
 
 class HashingReader:

@@ -19,9 +19,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Holder:
-    """The process that holds a lock: `started` (boot and clock ticks since) tells it from a later one of its
-    pid.
-    """
+    """The process that holds a lock; `started` tells it from a later one with its pid."""
 
     host: str
     pid: int
@@ -58,8 +56,9 @@ class Holder:
 
 
 class Lock:
-    """Takes the lock at `path`, or raises ValueError naming who holds it. `previous`: a holder that did not
-    release it.
+    """Takes the lock at `path`, or raises ValueError naming who holds it.
+
+    `previous` is the holder before, if it ended without releasing it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -77,17 +76,14 @@ class Lock:
     def _take(self, path: Path) -> Holder | None:
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            elsewhere_is_gone = True  # it would hold the flock
         except BlockingIOError:
             raise ValueError(f"in use by {_describe(Holder.read(path))}") from None
-        except OSError:
-            elsewhere_is_gone = False
+        except OSError as error:
+            if (holder := Holder.read(path)) and holder.alive():
+                raise ValueError(
+                    f"in use by {holder} ({error.strerror}); if that ended, remove {path}"
+                ) from None
         holder = Holder.read(path)
-        if holder and holder.alive():
-            if holder.host == socket.gethostname():
-                raise ValueError(f"in use by {holder}")
-            if not elsewhere_is_gone:
-                raise ValueError(f"in use by {holder}; if that has ended, remove {path}")
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, json.dumps(asdict(Holder.of(os.getpid()))).encode(), 0)
         return holder
@@ -100,12 +96,15 @@ def _describe(holder: Holder | None) -> str:
 
 
 def _start_time(pid: int) -> str:
-    """When a process of this host started, in a form that no clock change touches; "" where that is not
-    known.
+    """When a process of this host started, in a form that no clock change touches; "" if it ended.
+
+    Without Linux's /proc it is "" for all: then a process is known by its pid alone.
     """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:  # no Linux
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
         return ""
-    return f"{boot}:{fields[19]}"  # field 22 of proc(5), counted after the name, which may hold blanks
+    # proc(5): state is field 3 and start time, in ticks since boot, field 22; field 2, a name, may hold blanks
+    fields = stat.rpartition(")")[2].split()
+    return "" if fields[0] in "ZX" else f"{boot}:{fields[19]}"

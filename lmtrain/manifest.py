@@ -56,28 +56,17 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of the checkpoint at `folder`; ValueError, naming the file, if it is missing or not
-    intact.
-    """
-    try:
-        with HashingReader(folder / NAME) as reader:
-            if reader.size > MAX_BYTES:
-                raise ValueError(f"{reader.size} bytes are too many")
-            return _parse(json.loads(reader.read(reader.size)))
-    except FileNotFoundError:
-        raise ValueError(f"{NAME}: missing") from None
-    except OSError as error:
-        raise ValueError(f"{NAME}: cannot be read: {error.strerror or error}") from None
-    except RecursionError:
-        raise ValueError(f"{NAME}: nested too deeply") from None
-    except ValueError as error:
-        raise ValueError(f"{NAME}: {error}") from None
+    """The manifest of the checkpoint at `folder`; ValueError if there is none, or not an intact one."""
+    if not folder.is_dir():
+        raise ValueError("there is no such folder")
+    with _blaming(NAME), HashingReader(folder / NAME) as reader:
+        if reader.size > MAX_BYTES:
+            raise ValueError(f"{reader.size} bytes are too many")
+        return _parse(json.loads(reader.read(reader.size)))
 
 
 def verify(folder: Path) -> list[str]:
-    """What is wrong with the checkpoint at `folder`, one line for each file; empty if every byte is as
-    written.
-    """
+    """What is wrong with the checkpoint at `folder`, a line for each file; [] if every byte is as written."""
     folder = Path(folder)
     try:
         manifest = read_manifest(folder)
@@ -98,17 +87,25 @@ def verify(folder: Path) -> list[str]:
 
 @contextmanager
 def checked(folder: Path, name: str, entry: FileEntry) -> Iterator[HashingReader]:
-    """A file of a checkpoint to read from. ValueError, naming it, if it is missing or of another size, if the
-    reading fails, or if at the end its bytes turn out not to be those written: use nothing of it before.
+    """A file of a checkpoint, to be read in the body.
+
+    ValueError, naming it, if it is missing or of another size, if it cannot be read, or if at the end its
+    bytes are not those that were written: whatever the body made of it must not be used before.
     """
+    with _blaming(name), HashingReader(folder / name) as reader:
+        if reader.size != entry.bytes:
+            raise ValueError(f"{reader.size} bytes, the manifest says {entry.bytes}")
+        yield reader
+        reader.skim()
+        if reader.sha256() != entry.sha256:
+            raise ValueError("its sha256 is not the manifest's: the file changed after it was written")
+
+
+@contextmanager
+def _blaming(name: str) -> Iterator[None]:
+    """Turns whatever goes wrong while a file is read into a ValueError that names it."""
     try:
-        with HashingReader(folder / name) as reader:
-            if reader.size != entry.bytes:
-                raise ValueError(f"{reader.size} bytes, the manifest says {entry.bytes}")
-            yield reader
-            reader.skim()
-            if reader.sha256() != entry.sha256:
-                raise ValueError("its sha256 is not the manifest's: the file changed after it was written")
+        yield
     except FileNotFoundError:
         raise ValueError(f"{name}: missing") from None
     except OSError as error:

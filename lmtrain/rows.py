@@ -4,7 +4,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,47 +15,39 @@ Row = dict[str, Any]
 
 
 def read_rows(path: Path) -> list[Row]:
-    """All rows of the file at `path`, [] if there is none. A line that was torn by a crash, or is just being
-    written, is left out.
-    """
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
-        return []
-    return [row for line in lines if (row := _parse(line)) is not None]
+    """All rows of the file at `path`, none if there is no file; a line torn by a crash is left out."""
+    return [row for _, row in _rows(_content(path))]
 
 
 class RowFile:
     """Appends rows to the file at `path`; torn lines found at the start are cut.
 
-    A disk that is full does not end a training run: what could not be written waits in memory for the next
-    append.
+    A full disk does not end a training run: what could not be written waits in memory for the next append.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._waiting = b""
-        self._descriptor = -1
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
         self.keep(lambda row: True)
 
     def keep(self, wanted: Callable[[Row], bool]) -> int:
         """Keeps only the wanted rows, atomically; returns how many went."""
-        rows = read_rows(self.path)
-        kept = [row for row in rows if wanted(row)]
-        content = b"".join(_line(row) for row in kept)
-        if not self.path.exists() or self.path.read_bytes() != content:
-            replace_bytes(self.path, content)
-        if self._descriptor >= 0:
+        content = _content(self.path) + self._waiting
+        rows = list(_rows(content))
+        kept = b"".join(line + b"\n" for line, row in rows if wanted(row))
+        if kept != content:
+            replace_bytes(self.path, kept)
             os.close(self._descriptor)
-        self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
-        return len(rows) - len(kept)
+            self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+            self._waiting = b""
+        return sum(not wanted(row) for _, row in rows)
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Adds a row. JSON has no NaN and no infinity: such a number is written as null."""
-        self._waiting += _line(row)
+        self._waiting += (json.dumps(_finite(row), allow_nan=False) + "\n").encode()
         try:
-            while self._waiting:  # a disk that fills up may take a part of a line, and the rest later
-                self._waiting = self._waiting[os.write(self._descriptor, self._waiting) :]
+            self._flush()
         except OSError as error:
             logger.warning("%s waits to be written: %s", self.path, error)
 
@@ -66,14 +58,28 @@ class RowFile:
     def close(self) -> None:
         """OSError if rows are still waiting for the disk."""
         try:
-            while self._waiting:
-                self._waiting = self._waiting[os.write(self._descriptor, self._waiting) :]
+            self._flush()
         finally:
             os.close(self._descriptor)
 
+    def _flush(self) -> None:
+        while self._waiting:  # a disk that fills up may take a part of a line, and the rest later
+            self._waiting = self._waiting[os.write(self._descriptor, self._waiting) :]
 
-def _line(row: Mapping[str, Any]) -> bytes:
-    return (json.dumps(_finite(row), allow_nan=False) + "\n").encode()
+
+def _content(path: Path) -> bytes:
+    return path.read_bytes() if path.exists() else b""
+
+
+def _rows(content: bytes) -> Iterator[tuple[bytes, Row]]:
+    """Each line that holds a row, and the row."""
+    for line in content.split(b"\n"):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict):
+            yield line, row
 
 
 def _finite(value: Any) -> Any:
@@ -84,11 +90,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     return value
-
-
-def _parse(line: bytes) -> Row | None:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return row if isinstance(row, dict) else None

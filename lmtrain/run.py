@@ -14,8 +14,10 @@ One process writes; `read_metrics` and `read_status` need no lock.
 
 import json
 import logging
+import re
 import time
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -25,6 +27,7 @@ from lmtrain.lock import Lock
 from lmtrain.rows import Row, RowFile, read_rows
 
 logger = logging.getLogger(__name__)
+_STARTING = re.compile(r"lock|status\.json\.tmp-[0-9a-f]{8}")  # what a start has made before its status.json
 State = Literal["running", "stopped", "done", "failed"]
 
 
@@ -52,7 +55,7 @@ def read_status(path: Path) -> Status | None:
 
 
 def read_metrics(path: Path) -> list[Row]:
-    """The rows of `metrics.jsonl` of the run at `path`, which may be running; a torn last line is left out."""
+    """The rows of `metrics.jsonl` of the run at `path`, which may be at work: a torn line is left out."""
     return read_rows(Path(path) / "metrics.jsonl")
 
 
@@ -63,7 +66,8 @@ class RunDirectory:
         """`open` is the way in; `lock` is held already."""
         self.path = path
         self._lock = lock
-        self.status = read_status(path) or Status("running")
+        self.status = replace(read_status(path) or Status("running"), state="running", reason="")
+        self._write_status()  # before any other file: it marks the folder as a run's
         for folder in (self.checkpoints, self.evaluations, self.tensorboard):
             folder.mkdir(exist_ok=True)
         self._metrics = RowFile(path / "metrics.jsonl")
@@ -79,6 +83,8 @@ class RunDirectory:
         """
         path = Path(path).expanduser().absolute()
         try:
+            if path.exists() and not path.is_dir():
+                raise ValueError("it is a file")
             path.mkdir(parents=True, exist_ok=True)
             _refuse_strangers(path)
             lock = Lock(path / "lock")
@@ -88,7 +94,7 @@ class RunDirectory:
                 lock.release()
                 raise
         except OSError as error:
-            raise ValueError(f"run.dir {path}: cannot be written: {error.strerror}") from error
+            raise ValueError(f"run.dir {path}: cannot be written: {error.strerror or error}") from error
         except ValueError as error:
             raise ValueError(f"run.dir {path}: {error}") from None
 
@@ -107,26 +113,23 @@ class RunDirectory:
     def set_status(
         self, state: State, *, step: int, checkpoint: Path | str | None = None, reason: str = ""
     ) -> None:
-        """Replaces the status; without `checkpoint` the last one stays. Rows written so far are durable
-        first.
+        """Replaces the status, after making the rows so far durable; without `checkpoint` the last one stays.
 
-        A disk that refuses is a warning: the run itself is not over.
+        For the saves of a run and its end: it waits for the disk. A disk that refuses costs a warning, not
+        the run.
         """
         assert state in get_args(State), state
         name = f"checkpoints/{Path(checkpoint).name}" if checkpoint else self.status.checkpoint
         self.status = Status(state, step, name, reason)
-        content = asdict(self.status) | {"time": _now()}
         try:
             self._metrics.sync()
             self._events.sync()
-            replace_bytes(self.path / "status.json", (json.dumps(content, indent=1) + "\n").encode())
+            self._write_status()
         except OSError as error:
             logger.warning("%s: the status %s was not written: %s", self.path, state, error)
 
     def log_metrics(self, row: Row) -> None:
-        """Appends a row to `metrics.jsonl`. It must have `step`; a number that is not finite is written as
-        null.
-        """
+        """Appends a row, which has a `step`, to `metrics.jsonl`; null stands for a number that is not finite."""
         assert isinstance(row.get("step"), int), row
         self._metrics.append(row)
 
@@ -143,17 +146,15 @@ class RunDirectory:
             logger.warning("%s: %s", self._log.name, error)
 
     def truncate_metrics(self, step: int) -> int:
-        """Cuts the rows beyond `step`, from which training resumes, atomically; returns how many they were."""
+        """Cuts the rows beyond `step`, where training resumes, atomically; returns how many went."""
         return self._metrics.keep(lambda row: row["step"] <= step)
 
     def close(self) -> None:
         """Releases the lock. OSError if the disk never took the last rows."""
-        try:
-            self._metrics.close()
-            self._events.close()
-            self._log.close()
-        finally:
-            self._lock.release()
+        with ExitStack() as stack:  # last in, first out, whatever the others raise
+            stack.callback(self._lock.release)
+            for file in (self._log, self._events, self._metrics):
+                stack.callback(file.close)
 
     def __enter__(self) -> "RunDirectory":
         return self
@@ -165,23 +166,28 @@ class RunDirectory:
         for path in self.path.iterdir():
             if TEMPORARY.fullmatch(path.name) and path.is_file():
                 path.unlink()
-        shelf.clean(self.checkpoints)
         here = environment.describe()
-        replace_bytes(self.path / "environment.json", (json.dumps(here, indent=1) + "\n").encode())
+        _write_json(self.path / "environment.json", here)
+        self.event("start", environment=here)
         if self._lock.previous:
             self.event("took over", holder=str(self._lock.previous))
-        self.event("start", environment=here)
-        self.set_status("running", step=self.status.step)
+        if leftovers := shelf.clean(self.checkpoints):
+            self.event("cleaned", removed=[path.name for path in leftovers])
         return self
+
+    def _write_status(self) -> None:
+        _write_json(self.path / "status.json", asdict(self.status) | {"time": _now()})
 
 
 def _refuse_strangers(path: Path) -> None:
-    """ValueError if the folder has content but no status: it is not a run's. A start cut short left only its
-    lock.
-    """
+    """ValueError if the folder has content but no status: it is no run's. A start cut short left its lock."""
     names = {entry.name for entry in path.iterdir()}
-    if "status.json" not in names and any(not name.startswith(("lock", "status.json.")) for name in names):
+    if "status.json" not in names and any(not _STARTING.fullmatch(name) for name in names):
         raise ValueError("the folder is not empty and holds no run; choose a new one")
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    replace_bytes(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def _now() -> str:

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Collection
+from itertools import islice
 from pathlib import Path
 
 from lmtrain import fault
@@ -30,7 +31,7 @@ def candidates(folder: Path) -> list[Path]:
 
 
 def newest(folder: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
-    """The newest checkpoint of which every byte verifies, and each newer one rejected, with file and reason."""
+    """The newest checkpoint of which every byte verifies, and each newer one with its files and reasons."""
     rejected: list[tuple[Path, str]] = []
     for path in candidates(Path(folder)):
         problems = verify(path)
@@ -41,29 +42,31 @@ def newest(folder: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
 
 
 def retain(folder: Path, keep: int, protected: Collection[Path] = ()) -> list[Path]:
-    """Removes all checkpoints older than the `keep` newest that verify, except the `protected`; returns the
-    removed.
+    """Removes what is older than the `keep` newest that verify, except the `protected`; returns the removed.
 
-    One that does not verify is not counted, and stays until `keep` newer ones verify.
+    A damaged one is not counted, and stays until `keep` newer ones verify.
     """
     assert keep >= 1, keep
     fault.before("retention")
     folder = Path(folder)
+    intact = list(islice((path for path in candidates(folder) if not verify(path)), keep))
+    if len(intact) < keep:
+        return []
     spared = {path.resolve() for path in protected}
-    intact = 0
-    removed = []
-    for path in candidates(folder):
-        if intact < keep:
-            intact += not verify(path)
-        elif path.resolve() not in spared:
-            remove(path)
-            removed.append(path)
+    aside = [path for path in folder.iterdir() if _ASIDE.fullmatch(path.name)]
+    removed = [
+        path
+        for path in (*candidates(folder), *aside)
+        if _step(path) < _step(intact[-1]) and path.resolve() not in spared
+    ]
+    for path in removed:
+        remove(path)
     return removed
 
 
 def remove(path: Path) -> None:
-    """Removes a checkpoint; under the other name it takes first, half of one is never a candidate."""
-    trash = path.with_name(f"{path.name}.trash-{token()}")
+    """Removes a checkpoint; it takes another name first, under which half of one is no candidate."""
+    trash = path.with_name(f"step-{_step(path)}.trash-{token()}")
     os.rename(path, trash)
     sync_folder(path.parent)
     _delete(trash)
@@ -72,8 +75,8 @@ def remove(path: Path) -> None:
 def clean(folder: Path) -> list[Path]:
     """Removes what crashed writers left in `folder`, and returns it. Only for the holder of the run's lock.
 
-    A crash between setting an old `step-N` aside and committing the new one leaves neither: an intact old one
-    returns.
+    A crash between setting an old `step-N` aside and committing the new one leaves neither: the old one, if
+    intact, returns.
     """
     folder = Path(folder)
     leftovers = []
@@ -89,29 +92,28 @@ def clean(folder: Path) -> list[Path]:
 
 
 def check_space(folder: Path, checkpoint_bytes: int, keep: int) -> None:
-    """ValueError if the disk of `folder`, which need not exist, has no room for `keep` checkpoints and one
-    more.
+    """ValueError if there is no room for `keep` checkpoints and one more in `folder`, which need not exist.
 
-    One more, because the oldest goes only after the newest is complete. What checkpoints in `folder` already
-    take counts as room: they make way.
+    One more, because the oldest goes only after the newest is complete. What the checkpoints in `folder` take
+    already counts as room: they make way.
     """
     folder = Path(folder)
     disk = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
     free = shutil.disk_usage(disk).free
-    taken = sum(
-        file.stat().st_size for path in candidates(folder) for file in path.glob("*") if file.is_file()
-    )
+    files = [file for path in candidates(folder) for file in path.glob("*") if file.is_file()]
+    taken = sum(file.stat().st_size for file in files)
     needed = (keep + 1) * checkpoint_bytes
     if free + taken < needed:
         raise ValueError(
             f"disk too small for the checkpoints: {keep} are kept and one more is being written, "
             f"{_size(checkpoint_bytes)} each, {_size(needed)} together; {disk} has {_size(free)} free"
             + (f" and {_size(taken)} in checkpoints" if taken else "")
+            + ". Lower checkpoint.keep, or choose another run.dir."
         )
 
 
 def _step(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
+    return int(path.name.removeprefix("step-").partition(".")[0])
 
 
 def _delete(path: Path) -> None:

@@ -1,10 +1,10 @@
-"""Tensors in the safetensors format (github.com/huggingface/safetensors, "Format"), written and read in one
-pass.
+"""Tensors in the safetensors format, written and read in one pass.
 
-A file is an 8-byte little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, and the
-bytes of all tensors without gaps. We write and read it ourselves because the library hashes nothing and reads
-by mapping: here every byte is hashed as it passes, and beside the tensors themselves memory holds one of them
-at a time at most (its copy on the CPU, if it lives on a device).
+A file (github.com/huggingface/safetensors, "Format") is an 8-byte little-endian header length, a JSON header
+{name: {dtype, shape, data_offsets}}, and the bytes of all tensors without gaps. We write and read it
+ourselves because the library hashes nothing and reads by mapping: here every byte is hashed as it passes, and
+beside the tensors themselves memory holds one of them at a time at most (its copy on the CPU, if it lives on
+a device).
 
 Tensors that share all their memory (a tied head) are stored once, under their first name; the other names
 stand in the header's metadata and come back as the same tensor.
@@ -53,10 +53,10 @@ def write_tensors(writer: HashingWriter, tensors: Mapping[str, Tensor]) -> None:
 
 
 def read_tensors(reader: HashingReader) -> dict[str, Tensor]:
-    """All tensors of a file, on the CPU. ValueError if its header does not describe exactly the bytes that
-    follow.
+    """All tensors of a file, on the CPU.
 
-    The header is checked against the size of the file before memory is taken for any tensor.
+    ValueError unless its header describes exactly the bytes that follow, which is checked before memory is
+    taken for any tensor.
     """
     entries, tied = _parse(*_read_header(reader))
     tensors = {}
@@ -68,7 +68,7 @@ def read_tensors(reader: HashingReader) -> dict[str, Tensor]:
 
 
 def _layout(tensors: Mapping[str, Tensor]) -> tuple[bytes, list[Tensor]]:
-    """The header, and the tensors in the order of their bytes: wide types first, so that each one is aligned."""
+    """The header, and the tensors in the order of their bytes: wide types first, so that all are aligned."""
     first: dict[tuple[object, ...], str] = {}
     tied: dict[str, str] = {}
     stored: dict[str, Tensor] = {}
