@@ -1,14 +1,15 @@
-"""Configuration: a YAML file and `key=value` overrides become a checked `Config`, or every problem is told at once.
+"""Configuration: a YAML file and `key=value` become a checked `Config`, or every problem is told at once.
 
     config = load("demo", ["train.steps=20", "model.mixers.near={kind: local, window: 64}"])
 
-The schema is in `config_schema`, the reading of text in `config_reader` and `config_values`, rules between settings
-in `config_rules`.
+`config_schema` is the schema. `config_reader`, `config_values` and `config_sections` turn text into it,
+`config_rules` holds what must be true between settings.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -16,12 +17,12 @@ from typing import Any
 
 import yaml
 
-import attention  # noqa: F401 - importing it registers the mixers
-from attention.mixer import MIXERS, nearest
-from lmtrain.config_reader import Node, interpolate, override, read_yaml
-from lmtrain.config_rules import EFFECTS, MIXER_NAME, Effect, broken_rules
+from attention.mixer import nearest
+from lmtrain.config_reader import Key, Node, interpolate, override, read_yaml
+from lmtrain.config_rules import EFFECTS, broken_rules
 from lmtrain.config_schema import (
     BYTE_VOCABULARY,
+    SECTIONS,
     CheckpointConfig,
     Config,
     DataConfig,
@@ -33,7 +34,8 @@ from lmtrain.config_schema import (
     RunConfig,
     TrainConfig,
 )
-from lmtrain.config_values import hints_of, range_problem, read_value
+from lmtrain.config_sections import Reading
+from lmtrain.files import replace_bytes
 from lmtrain.problems import COMMAND_LINE, DEFAULT, ConfigError, Problem
 
 __all__ = [
@@ -59,44 +61,42 @@ __all__ = [
 
 Check = Callable[[Config], Iterable[Problem]]
 
+# Beside this package, in a checkout and in an installed wheel alike. `importlib.resources.files("configs")`
+# would first find a folder `configs` of the user's own, wherever Python was started.
 SHIPPED = Path(__file__).resolve().parent.parent / "configs"
-"""Beside this package, in a checkout and in an installed wheel alike. Not `importlib.resources.files("configs")`: a
-folder `configs` of the user's own, wherever Python was started, would come first."""
-
-SECTIONS: dict[str, type[Any]] = {
-    name: hint for name, hint in hints_of(Config).items() if dataclasses.is_dataclass(hint)
-}
 
 
 def load(
-    path_or_name: str | Path, overrides: Sequence[str] = (), *, checks: Iterable[Check] = (), ranks: int = 1
+    path_or_name: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    checks: Iterable[Check] = (),
+    ranks: int = 1,
 ) -> Config:
     """The configuration of a YAML file, or of a shipped one by name (`demo`, `enwik8/local`), with overrides.
 
-    checks: further conditions, `Config -> problems`; they run together with all others, so that for example
-    missing files are told at once with misspelt keys. ranks: processes that share a batch.
+    checks: further conditions, `Config -> problems`. They run together with all others, so that missing
+    files, say, are told at once with misspelt keys. ranks: processes that share a batch.
     Raises ConfigError with every problem found.
     """
-    path, name = _find(path_or_name)
-    tree, problems = _read_file(path, overrides)
-    return _build(tree, problems, f"runs/{name}", checks, ranks)
+    path, name = _find(str(path_or_name))
+    return _load(path, overrides, f"runs/{name}", checks, ranks)
 
 
 def reload(
-    run_dir: str | Path, overrides: Sequence[str] = (), *, checks: Iterable[Check] = (), ranks: int = 1
+    run_dir: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    checks: Iterable[Check] = (),
+    ranks: int = 1,
 ) -> Config:
     """The configuration saved in a run's folder, wherever that folder is now. Raises ConfigError."""
     path = Path(run_dir) / "config.yaml"
     if not os.path.isfile(path):
-        raise ConfigError(
-            [Problem(COMMAND_LINE, str(run_dir), "is not the folder of a run: it has no config.yaml")]
-        )
-    tree, problems = _read_file(path, overrides)
-    if isinstance(tree.value, dict) and isinstance(
-        run := tree.value.get("run", Node({}, str(path))).value, dict
-    ):
-        run["dir"] = Node(str(run_dir), COMMAND_LINE)
-    return _build(tree, problems, str(run_dir), checks, ranks)
+        message = "not the folder of a run: it has no config.yaml"
+        raise ConfigError([Problem(COMMAND_LINE, str(run_dir), message)])
+    here = str(run_dir).replace("${", r"\${")
+    return _load(path, [f"run.dir={here}", *overrides], str(run_dir), checks, ranks)
 
 
 def save(config: Config, path: str | Path) -> None:
@@ -109,32 +109,32 @@ def save(config: Config, path: str | Path) -> None:
         if not effect.has_effect(config):
             section, name = effect.key.split(".")
             del values[section][name]
-    Path(path).write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    replace_bytes(Path(path), text.encode())
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Sections as plain dictionaries, for JSON and YAML. `${...}` stays as it was written: it may hide a secret."""
-    values = _resolved_dict(config)
+    """Sections as plain dictionaries, for JSON and YAML; `${...}` stays as written: it may hide a secret."""
+    values = _resolved(config)
     for key, (text, value) in config.interpolations.items():
-        *above, last = key.split(".")
-        container: Any = values
-        for part in above:
-            container = container[int(part)] if isinstance(container, list) else container[part]
-        index: Any = int(last) if isinstance(container, list) else last
-        if container[index] == value:
-            container[index] = text
+        if _at(values, key) == value:
+            above, _, last = key.rpartition(".")
+            container: Any = _at(values, above) if above else values
+            container[int(last) if isinstance(container, list) else last] = text
     return values
 
 
 def differences(old: Config, new: Config, ignore: Sequence[str] = ()) -> list[tuple[str, Any, Any]]:
-    """(key, old value, new value) of each setting that differs, but for keys at or below those of `ignore`."""
-    before, after = _flat(_resolved_dict(old)), _flat(_resolved_dict(new))
-    told_before, told_after = _flat(to_dict(old)), _flat(to_dict(new))
+    """(key, old value, new value) of each setting that differs, but for those at or below a key of `ignore`.
+
+    A value that was written with `${...}` is given as it was written.
+    """
+    before, after = _flat(_resolved(old)), _flat(_resolved(new))
+    shown_before, shown_after = before | _flat(to_dict(old)), after | _flat(to_dict(new))
     return [
-        (key, told_before.get(key, before.get(key)), told_after.get(key, after.get(key)))
+        (key, shown_before.get(key), shown_after.get(key))
         for key in before | after
-        if before.get(key) != after.get(key)
-        and not any(f"{key}.".startswith(f"{prefix}.") for prefix in ignore)
+        if before.get(key) != after.get(key) and not any(f"{key}.".startswith(f"{k}.") for k in ignore)
     ]
 
 
@@ -143,18 +143,45 @@ def shipped_configs() -> list[str]:
     return sorted(path.relative_to(SHIPPED).with_suffix("").as_posix() for path in SHIPPED.rglob("*.yaml"))
 
 
-def _find(path_or_name: str | Path) -> tuple[Path, str]:
+def _find(path_or_name: str) -> tuple[Path, str]:
     """The file, and the name that its runs get by default. An existing file comes before a shipped name."""
-    path, text = Path(path_or_name), str(path_or_name)
+    path, names = Path(path_or_name), shipped_configs()
     if not os.path.isfile(path):
-        names = shipped_configs()
-        if text not in names:
-            message = f"no such file, nor a shipped configuration{nearest(text, names)} ({', '.join(names)})"
-            raise ConfigError([Problem(COMMAND_LINE, text, message)])
-        path = SHIPPED / f"{text}.yaml"
+        if path_or_name not in names:
+            close = nearest(path_or_name.removeprefix("configs/").removesuffix(".yaml"), names)
+            message = f"no such file, nor a shipped configuration{close} ({', '.join(names)})"
+            raise ConfigError([Problem(COMMAND_LINE, path_or_name, message)])
+        path = SHIPPED / f"{path_or_name}.yaml"
     if path.resolve().is_relative_to(SHIPPED):
         return path, path.resolve().relative_to(SHIPPED).with_suffix("").as_posix().replace("/", "-")
     return path, path.stem
+
+
+def _load(path: Path, overrides: Sequence[str], run_dir: str, checks: Iterable[Check], ranks: int) -> Config:
+    """Read all values, then let every rule and check speak that does not depend on a faulty one."""
+    written, problems = _read_file(path, overrides)
+    defaults = _resolved(Config())
+    defaults["run"]["dir"] = run_dir
+    tree, texts, not_filled = interpolate(written, defaults)
+    reading = Reading(skip={problem.key for problem in not_filled})
+    config = reading.config(tree)
+    config.run.dir = config.run.dir or run_dir
+    problems += not_filled + reading.problems
+
+    faulty = {problem.key for problem in problems}
+    problems += _placed(_without_effect(config, written), written, config, faulty)
+    faulty = {problem.key for problem in problems}
+    if config.model.vocab_size is None and config.data.tokenizer == "bytes":
+        config.model.vocab_size = BYTE_VOCABULARY
+    problems += _placed(broken_rules(config, ranks, faulty), written, config, faulty)
+    faulty = {problem.key for problem in problems}
+    problems += _placed(_checked(checks, config, bool(problems)), written, config, faulty)
+    if problems:
+        raise ConfigError(problems)
+
+    values = _resolved(config)
+    config.interpolations = {key: (text, _at(values, key)) for key, text in texts.items()}
+    return config
 
 
 def _read_file(path: Path, overrides: Sequence[str]) -> tuple[Node, list[Problem]]:
@@ -162,210 +189,78 @@ def _read_file(path: Path, overrides: Sequence[str]) -> tuple[Node, list[Problem
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError([Problem(shown, "file", f"cannot be read: {error}")]) from None
+        raise ConfigError([Problem(shown, "not readable", str(error))]) from None
     tree, problems = read_yaml(text, shown)
     for each in overrides:
         try:
             override(tree, each, _is_group, _is_mapping)
         except ValueError as error:
-            key, _, value = each.partition("=")
-            problems.append(Problem(COMMAND_LINE, key, str(error), value or None))
+            key, equals, value = each.partition("=")
+            problems.append(Problem(COMMAND_LINE, key, str(error), value if equals else None))
     return tree, problems
 
 
-def _is_group(path: list[str]) -> bool:
-    return len(path) == 1 or path == ["model", "mixers"]
+def _is_group(key: Key) -> bool:
+    return len(key) == 1 or key == ("model", "mixers")
 
 
-def _is_mapping(path: list[str]) -> bool:
-    return _is_group(path) or path[:-1] == ["model", "mixers"]
+def _is_mapping(key: Key) -> bool:
+    return _is_group(key) or key[:-1] == ("model", "mixers")
 
 
-def _build(tree: Node, problems: list[Problem], run_dir: str, checks: Iterable[Check], ranks: int) -> Config:
-    """Read all values; then let every rule and check speak that does not depend on a faulty one."""
-    written = tree
-    tree, texts, failed = interpolate(tree, _resolved_dict(Config()))
-    problems += failed
-    config = _read_config(tree, problems, faulty={problem.key for problem in failed})
-    config.run.dir = config.run.dir or run_dir
-    faulty = {problem.key for problem in problems}
-    problems += _without_effect(config, written, faulty)
-    if config.model.vocab_size is None and config.data.tokenizer == "bytes":
-        config.model.vocab_size = BYTE_VOCABULARY
-    found = list(broken_rules(config, ranks, faulty))
-    found += _checked(checks, config, provisional=bool(problems or found))
-    problems += [_placed(problem, written, config) for problem in found if problem.key not in faulty]
-    if problems:
-        raise ConfigError(problems)
-    values = _resolved_dict(config)
-    config.interpolations = {key: (text, _at(values, key)) for key, text in texts.items()}
-    return config
-
-
-def _read_config(tree: Node, problems: list[Problem], faulty: set[str]) -> Config:
-    """The configuration with the default in place of each faulty setting."""
-    sections = {}
-    assert isinstance(tree.value, dict)
-    for name, node in tree.value.items():
-        if name not in SECTIONS:
-            problems.append(Problem(node.where, name, _unknown_section(name), node.text))
-        elif isinstance(node.value, dict):
-            sections[name] = SECTIONS[name](
-                **_read_settings(node.value, SECTIONS[name], name, name, problems, faulty)
-            )
-        elif node.value is not None:
-            problems.append(Problem(node.where, name, "must be a mapping of settings", node.text))
-    return Config(**sections)
-
-
-def _read_settings(
-    nodes: dict[str, Node],
-    settings: type[Any],
-    path: str,
-    owner: str,
-    problems: list[Problem],
-    faulty: set[str],
-) -> dict[str, Any]:
-    """The values of the settings that are right; what is wrong with the others goes to `problems`."""
-    fields = {f.name: f for f in dataclasses.fields(settings)}
-    values: dict[str, Any] = {}
-    for name, node in nodes.items():
-        key = f"{path}.{name}"
-        if key in faulty:
-            continue
-        if name not in fields:
-            problems.append(Problem(node.where, key, _unknown_setting(name, owner, list(fields)), node.text))
-        elif key == "model.mixers":
-            values[name] = _read_mixers(node, problems, faulty)
-        else:
-            try:
-                value = read_value(node, hints_of(settings)[name])
-            except ValueError as error:
-                problems.append(Problem(node.where, key, str(error), node.text))
-                continue
-            if message := range_problem(fields[name], value):
-                problems.append(Problem(node.where, key, message, node.text))
-            else:
-                values[name] = value
-    return values
-
-
-def _read_mixers(node: Node, problems: list[Problem], faulty: set[str]) -> dict[str, dict[str, Any]]:
-    """name -> {kind, and all its settings}; a mixer of unknown kind is left out."""
-    if not isinstance(node.value, dict):
-        problems.append(
-            Problem(node.where, "model.mixers", "must be a mapping, name: {kind: ...}", node.text)
-        )
-        return {}
-    mixers = {}
-    for name, mixer in node.value.items():
-        key = f"model.mixers.{name}"
-        if key in faulty:
-            continue
-        if not MIXER_NAME.fullmatch(name):
-            problems.append(Problem(mixer.where, key, "a name is made of letters, digits, _ and -"))
-        elif not isinstance(mixer.value, dict):
-            problems.append(
-                Problem(mixer.where, key, "must be a mapping, {kind: ..., and its settings}", mixer.text)
-            )
-        elif read := _read_mixer(mixer.value, key, mixer.where, problems, faulty):
-            mixers[name] = read
-    return mixers
-
-
-def _read_mixer(
-    nodes: dict[str, Node], key: str, where: str, problems: list[Problem], faulty: set[str]
-) -> dict[str, Any] | None:
-    kinds = sorted(MIXERS)
-    kind = nodes.get("kind")
-    if kind is None:
-        problems.append(Problem(where, f"{key}.kind", f"missing ({', '.join(kinds)})"))
-    elif not isinstance(kind.value, str):
-        problems.append(Problem(kind.where, f"{key}.kind", f"must be one of {', '.join(kinds)}", kind.text))
-    elif kind.value not in MIXERS:
-        message = f"no such mixer{nearest(kind.value, kinds)} ({', '.join(kinds)})"
-        problems.append(Problem(kind.where, f"{key}.kind", message, kind.value))
-    else:
-        settings = {name: node for name, node in nodes.items() if name != "kind"}
-        config = MIXERS[kind.value].Config
-        values = _read_settings(settings, config, key, kind.value, problems, faulty)
-        return {"kind": kind.value} | dataclasses.asdict(config(**values))
-    return None
-
-
-def _unknown_section(name: str) -> str:
-    return f"no such section{nearest(name, list(SECTIONS)) or _elsewhere(name)} ({', '.join(SECTIONS)})"
-
-
-def _unknown_setting(name: str, owner: str, names: list[str]) -> str:
-    return f"no such setting of {owner}{nearest(name, names) or _elsewhere(name)} ({', '.join(names)})"
-
-
-def _elsewhere(name: str) -> str:
-    """`; did you mean optimizer.lr?` for a setting written in the wrong place."""
-    keys = [f"{s}.{f.name}" for s, section in SECTIONS.items() for f in dataclasses.fields(section)]
-    same = [key for key in keys if key.endswith(f".{name}")]
-    return f"; did you mean {' or '.join(same)}?" if same else nearest(name, keys)
-
-
-def _without_effect(config: Config, written: Node, faulty: set[str]) -> list[Problem]:
-    """Settings that do nothing. One in a file, made idle by the command line, goes back to its default instead."""
+def _without_effect(config: Config, written: Node) -> list[Problem]:
+    """Settings that do nothing. One of the file, made idle by the command line, goes back to its default."""
     problems = []
     for effect in EFFECTS:
-        where, text = _origin(written, effect.key)
-        if where == DEFAULT or effect.has_effect(config) or faulty.intersection((effect.key, effect.decider)):
+        where, _ = _origin(written, effect.key)
+        if where == DEFAULT or effect.has_effect(config):
             continue
         if where != COMMAND_LINE and _origin(written, effect.decider)[0] == COMMAND_LINE:
-            _set_default(config, effect)
+            section, name = effect.key.split(".")
+            setattr(getattr(config, section), name, getattr(SECTIONS[section](), name))
         else:
-            decision = f"{effect.decider} {_at(_resolved_dict(config), effect.decider)}"
-            problems.append(
-                Problem(where, effect.key, f"has no effect with {decision}: {effect.reason}", text)
-            )
+            decision = f"{effect.decider} {_at(_resolved(config), effect.decider)}"
+            problems.append(Problem("", effect.key, f"has no effect with {decision}: {effect.reason}"))
     return problems
 
 
-def _set_default(config: Config, effect: Effect) -> None:
-    section, name = effect.key.split(".")
-    setattr(getattr(config, section), name, getattr(SECTIONS[section](), name))
-
-
-def _checked(checks: Iterable[Check], config: Config, provisional: bool) -> list[Problem]:
-    """What the checks say. While settings are faulty, defaults stand in for them, and a check may stumble there."""
-    found: list[Problem] = []
+def _checked(checks: Iterable[Check], config: Config, provisional: bool) -> Iterable[Problem]:
+    """What the checks say. Defaults stand in for faulty settings, and then a check may stumble."""
     for check in checks:
         try:
-            found += check(config)
+            yield from check(config)
         except Exception:
             if not provisional:
                 raise
-    return found
 
 
-def _placed(problem: Problem, written: Node, config: Config) -> Problem:
-    """The problem with its place and its text, if it does not know them."""
-    if problem.where:
-        return problem
-    where, text = _origin(written, problem.key)
-    if where == DEFAULT:
-        value = _at(_resolved_dict(config), problem.key)
-        text = (
-            None if isinstance(value, dict) else yaml.safe_dump(value, default_flow_style=True).split("\n")[0]
-        )
-    return dataclasses.replace(problem, where=where, value=text)
+def _placed(problems: Iterable[Problem], written: Node, config: Config, faulty: set[str]) -> list[Problem]:
+    """The problems with their place and text filled in, but for settings that are faulty anyway."""
+    placed = []
+    for problem in problems:
+        if problem.key in faulty:
+            continue
+        if not problem.where:
+            where, text = _origin(written, problem.key)
+            if where == DEFAULT:
+                value = _at(_resolved(config), problem.key)
+                text = value if isinstance(value, str) else json.dumps(value)
+            problem = dataclasses.replace(problem, where=where, value=text)
+        placed.append(problem)
+    return placed
 
 
 def _origin(written: Node, key: str) -> tuple[str, str | None]:
-    """Where a key was written, and how; for a setting of a mixer that was left to its default, the mixer's place."""
-    node, parts = written, key.split(".")
-    for depth, name in enumerate(parts):
+    """Where a key was written, and how. What a mixer leaves at its default has the mixer's place."""
+    node = written
+    for depth, name in enumerate(key.split(".")):
         if not (isinstance(node.value, dict) and name in node.value):
             return (node.where, None) if depth > 2 else (DEFAULT, None)
         node = node.value[name]
     return node.where, node.text
 
 
-def _resolved_dict(config: Config) -> dict[str, Any]:
+def _resolved(config: Config) -> dict[str, Any]:
     return {name: _listed(dataclasses.asdict(getattr(config, name))) for name in SECTIONS}
 
 
@@ -377,6 +272,7 @@ def _listed(value: Any) -> Any:
 
 
 def _at(values: Any, key: str) -> Any:
+    """The value at a dotted key; None if there is none."""
     for part in key.split("."):
         if isinstance(values, list):
             values = values[int(part)]
@@ -387,11 +283,8 @@ def _at(values: Any, key: str) -> Any:
     return values
 
 
-def _flat(values: Any, above: str = "") -> dict[str, Any]:
-    if not isinstance(values, dict):
-        return {above: values}
-    return {
-        key: item
-        for name, value in values.items()
-        for key, item in _flat(value, f"{above}.{name}" if above else name).items()
-    }
+def _flat(values: dict[str, Any], above: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{above}{name}.") if isinstance(value, dict) else {f"{above}{name}": value}
+    return flat

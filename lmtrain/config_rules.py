@@ -1,4 +1,4 @@
-"""Rules that hold between settings. Each names the settings it reads; the first of them is the one to blame."""
+"""Rules that hold between settings. Each names the settings it reads; the first of them is to blame."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ EFFECTS = [
     Effect(
         "data.validation",
         "data.corpus",
-        lambda c: c.data.corpus == "text",
-        "only the corpus text has no split of its own",
+        lambda c: c.data.corpus != "enwik8",
+        "enwik8 has its own split",
     ),
 ]
 
@@ -88,9 +88,8 @@ def _batch_of_whole_sequences(config: Config, ranks: int) -> str | None:
     tokens, unit = config.train.batch_tokens, config.data.seq_len * ranks
     if tokens % unit == 0:
         return None
-    near = ", ".join(str(n * unit) for n in (tokens // unit, tokens // unit + 1) if n)
-    closest = max(1, round(tokens / unit)) * unit
-    return f"not a multiple of data.seq_len {config.data.seq_len} x ranks {ranks}; nearest: {near or closest}"
+    closest = max(1, (tokens + unit // 2) // unit) * unit
+    return f"not a multiple of data.seq_len {config.data.seq_len} x ranks {ranks}; nearest: {closest}"
 
 
 @rule("train.micro_batch", "train.batch_tokens", "data.seq_len")
@@ -164,28 +163,30 @@ def _validation_share(config: Config, ranks: int) -> str | None:
 
 
 def _pattern_problems(config: Config, faulty: set[str]) -> Iterator[Problem]:
-    """A malformed pattern, words without a definition, and what the mixers in use say to their settings."""
+    """Of a pattern: malformed words, words without a definition; and settings of the mixers it uses."""
     defined = list(config.model.mixers)
     words = config.model.pattern.split()
     if not words:
-        known = f" ({', '.join(defined)})" if defined else "; define some under model.mixers"
-        yield Problem("", "model.pattern", f"must name the mixer of each layer{known}")
-    names = dict.fromkeys(name for word in words for name in word.split("+"))
-    for word in words:
-        if not all(word.split("+")):
+        yield Problem("", "model.pattern", f"must name the mixer of each layer ({_listing(defined)})")
+    for word in dict.fromkeys(words):
+        names = word.split("+")
+        if not all(names):
             yield Problem("", "model.pattern", f"{word} is malformed; side by side is a+b")
-        elif len(set(word.split("+"))) < len(word.split("+")):
-            yield Problem(
-                "", "model.pattern", f"{word} names a mixer twice; define a second one under another name"
-            )
-    for name in filter(None, names):
-        key = f"model.mixers.{name}"
+        elif len(set(names)) < len(names):
+            yield Problem("", "model.pattern", f"{word} names a mixer twice; define it under two names")
+    for name in dict.fromkeys(filter(None, (name for word in words for name in word.split("+")))):
+        if _is_faulty(f"model.mixers.{name}", faulty):
+            continue
         if name in config.model.mixers:
-            if not any(f == key or f.startswith(f"{key}.") for f in faulty) and "model.dim" not in faulty:
-                yield from _mixer_problems(config, name)
-        elif key not in faulty and "model.mixers" not in faulty:
+            yield from _mixer_problems(config, name) if "model.dim" not in faulty else ()
+        else:
             message = f"{name} is not defined under model.mixers{nearest(name, defined)}"
-            yield Problem("", "model.pattern", f"{message} ({', '.join(defined) or 'none is'})")
+            yield Problem("", "model.pattern", f"{message} ({_listing(defined)})")
+
+
+def _is_faulty(key: str, faulty: set[str]) -> bool:
+    """Whether the mixer at `key`, or all of model.mixers, is known to be wrong."""
+    return any(fault == "model.mixers" or f"{fault}.".startswith(f"{key}.") for fault in faulty)
 
 
 def _mixer_problems(config: Config, name: str) -> Iterator[Problem]:
@@ -193,3 +194,7 @@ def _mixer_problems(config: Config, name: str) -> Iterator[Problem]:
     kind = MIXERS[settings.pop("kind")]
     for setting, message in kind.Config(**settings).problems(config.model.dim):
         yield Problem("", f"model.mixers.{name}.{setting}", message)
+
+
+def _listing(defined: list[str]) -> str:
+    return ", ".join(defined) or "none is defined"

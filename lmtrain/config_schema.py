@@ -1,7 +1,9 @@
-"""The schema: every setting with its type, default, range and meaning. Errors and docs/config.md come from here."""
+"""The schema: every setting with its type, default, range and meaning. Errors and docs/config.md come of it."""
 
 from __future__ import annotations
 
+import dataclasses
+import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -22,9 +24,9 @@ def setting(
     at_most: float | None = None,
     below: float | None = None,
 ) -> Any:
-    """A field of a section: its default, what it means, and its range (of each element, if it has several).
+    """A field of a section: its default, what it means, its range (of each element, if it has several).
 
-    The metadata are those of a mixer's settings (`attention.mixer.setting`), so both are read by the same code.
+    The metadata are those of `attention.mixer.setting`, so settings of mixers are read by the same code.
     """
     limits = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
     return field(default=default, metadata={"meaning": meaning, **limits})
@@ -80,7 +82,7 @@ class TrainConfig:
     )
     clip: float = setting(1.0, "largest gradient norm; 0 = off", at_least=0)
     activation_checkpointing: bool = setting(
-        False, "recompute each layer in the backward pass to save memory"
+        False, "compute each layer again in the backward pass, to save memory"
     )
     compile: bool = setting(False, "compile the model with torch.compile")
     threads: int | None = setting(None, "CPU threads; null = torch's choice", at_least=1, at_most=4096)
@@ -175,7 +177,7 @@ class ModelConfig:
     )
     learned_positions: int | None = setting(
         None,
-        "length of a learned position table, at least data.seq_len and eval.context (then set `rotary: 0` in the mixers)",
+        "rows of a learned position table; at least data.seq_len and eval.context. Mixers then have `rotary: 0`",
         at_least=1,
         at_most=2**31 - 2,
     )
@@ -183,7 +185,7 @@ class ModelConfig:
     dropout: float = setting(0.0, "of the embedding and of each branch", at_least=0, below=1)
     init_std: float | None = setting(
         None,
-        "of the first weights; null = fan_in^-1/2. Residual outputs are scaled by (2 layers)^-1/2",
+        "of the first weights; null = fan_in^-1/2. Outputs to the residual: times (2 layers)^-1/2",
         above=0,
     )
 
@@ -199,8 +201,8 @@ class ModelConfig:
 class Config:
     """All settings of a run, checked and resolved.
 
-    interpolations: for each key written with `${...}`, the text as written and the value it had. What is saved is
-    the text: it may name an environment variable whose value is a secret.
+    interpolations: for each key written with `${...}`, the text as written and the value it had. Saved is the
+    text: it may name an environment variable whose value is a secret.
     """
 
     run: RunConfig = field(default_factory=RunConfig)
@@ -222,7 +224,7 @@ class Config:
     def micro_batch(self, ranks: int = 1) -> int:
         """Sequences of one forward pass on each of `ranks`.
 
-        Unless set, the largest divisor of the rank's share whose tokens fit in MICRO_BATCH_TOKENS, at least 1.
+        Unless set, the largest divisor of a rank's share whose tokens fit in MICRO_BATCH_TOKENS; at least 1.
         """
         if self.train.micro_batch is not None:
             return self.train.micro_batch
@@ -237,3 +239,9 @@ class Config:
     def eval_stride(self) -> int:
         """eval.stride, filled in."""
         return self.eval.stride or self.eval_context
+
+
+SECTIONS: dict[str, Any] = {
+    name: hint for name, hint in typing.get_type_hints(Config).items() if dataclasses.is_dataclass(hint)
+}
+"""The sections by name, in the order of the file."""

@@ -1,4 +1,4 @@
-"""Text becomes values, by the type of the setting: `010`, `on` and `1e3` stay text where text is asked for."""
+"""Text becomes values by the type of the setting: `010`, `on` and `1e3` stay text where text is asked for."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LARGEST = 2**63
 
 
 @functools.cache
-def hints_of(settings: type[Any]) -> dict[str, Any]:
+def hints_of(settings: Any) -> dict[str, Any]:
     """The type of each setting of a dataclass."""
     return typing.get_type_hints(settings)
 
@@ -32,7 +32,9 @@ def read_value(node: Node, hint: Any) -> Any:
         if type(None) in options:
             return None
         raise ValueError(f"must be {in_words(hint)}, not null")
-    (hint,) = (option for option in options if option is not type(None))
+    others = [option for option in options if option is not type(None)]
+    assert len(others) == 1, f"{hint} is a type that no setting has had so far"
+    hint = others[0]
     if typing.get_origin(hint) is tuple:
         return _read_tuple(node, typing.get_args(hint))
     if not isinstance(node.value, str):
@@ -48,11 +50,11 @@ def range_problem(setting: dataclasses.Field[Any], value: Any) -> str | None:
     limits = range_in_words(setting)
     numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, int | float)]
     inside = all(_within(setting.metadata, number) for number in numbers if not isinstance(number, bool))
-    return None if inside else f"must be {limits}"
+    return None if inside else f"{'each ' if isinstance(value, tuple) else ''}must be {limits}"
 
 
 def range_in_words(setting: dataclasses.Field[Any]) -> str:
-    """`>= 1`, `> 0`, `>= 0 and < 1`; empty if any value is allowed. Limits of 2^20 and more go without saying."""
+    """`>= 1`, `> 0`, `>= 0 and < 1`; empty if any value is allowed."""
     signs = {"at_least": ">=", "above": ">", "at_most": "<=", "below": "<"}
     limits = [(sign, setting.metadata.get(name)) for name, sign in signs.items()]
     return " and ".join(f"{sign} {limit}" for sign, limit in limits if limit is not None)

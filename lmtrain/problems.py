@@ -13,8 +13,8 @@ DEFAULT = "default"
 class Problem:
     """One mistake: `where  key=value: message`.
 
-    where: `file:line`, `command line` or `default`; a check that does not know leaves it empty, and `load` fills
-    it in from the key, together with `value`, the text as it was written.
+    where: `file:line`, `command line` or `default`; a check that does not know leaves it empty, and `load`
+    fills it in from the key, together with `value`, the text as it was written.
     """
 
     where: str
