@@ -1,10 +1,8 @@
 """A token dataset: one split of a corpus as a folder of memory-mapped token ids.
 
-    shard-00000.bin  token ids, little-endian uint8, uint16 or uint32
-    documents.npy    int64 [D + 1]: where each document starts, and the end
-    meta.json        what it is (`_describe`), with a checksum of its own
-
-Every file is checked when the folder is opened.
+shard-00000.bin: the ids, little-endian uint8, uint16 or uint32. documents.npy: int64 [D + 1], where each
+document starts, and the end. meta.json: what it is, the sizes and hashes of the others, and a checksum of its
+own. All are checked when the folder is opened, and nothing in them is ever executed.
 """
 
 import hashlib
@@ -21,7 +19,9 @@ from data.tokenizer import Tokenizer, encode_text, from_json, token_dtype, token
 
 VERSION = 1
 SHARD, DOCUMENTS, META = "shard-00000.bin", "documents.npy", "meta.json"
-FULL_CHECK_BYTES = 1 << 28  # up to here opening hashes all tokens (0.2 s); beyond, it samples them
+FULL_CHECK_BYTES = (
+    1 << 28
+)  # up to here all tokens are hashed at each opening (0.2 s); beyond, samples are looked at
 SAMPLES, SAMPLE_TOKENS = 256, 1 << 12
 
 
@@ -29,9 +29,10 @@ SAMPLES, SAMPLE_TOKENS = 256, 1 << 12
 class TokenDataset:
     """One split of a corpus in tokens.
 
-    tokens: uint [N], memory-mapped. document_starts: int64 [D + 1], strictly increasing from 0 to N.
-    fingerprint: sha256 of the content alone (tokens, documents, tokenizer); paths and times do not enter.
-    bytes, words: of the original text, the denominators of bits per byte and word perplexity.
+    tokens: uint8, uint16 or uint32 [N], memory-mapped.
+    document_starts: int64 [D + 1], strictly increasing from 0 to N.
+    fingerprint: sha256 of the content alone (tokens, documents, tokenizer); no path or time enters it.
+    bytes, words: of the original text, the denominators of bits per byte and of word perplexity.
     """
 
     tokens: np.ndarray
@@ -44,24 +45,37 @@ class TokenDataset:
     split: str
 
 
+def write_dataset(folder: Path, corpus: str, split: str, text: Split, tokenizer: Tokenizer) -> None:
+    """Writes the tokens of a split into a new folder, and flushes all of it to disk."""
+    folder.mkdir()
+    meta = {
+        "version": VERSION,
+        "corpus": corpus,
+        "split": split,
+        "tokenizer": tokenizer.to_json(),
+        "tokenizer_sha256": tokenizer_hash(tokenizer),
+        "vocab_size": tokenizer.vocab_size,
+        "dtype": token_dtype(tokenizer.vocab_size).str,
+        **_write_text(folder, text, tokenizer),
+    }
+    with (folder / META).open("wb") as file:
+        file.write(json.dumps({**meta, "checksum": sha256_json(meta)}, indent=1).encode())
+        _sync(file)
+    sync_folder(folder)
+
+
 def open_dataset(folder: Path) -> TokenDataset:
-    """The dataset in a folder. ValueError names the file that is missing or damaged and what is wrong with it."""
+    """The dataset in a folder. ValueError names the file that is missing or damaged, and how."""
     meta = _read_meta(folder / META)
-    dtype, shard = np.dtype(meta["dtype"]), meta["shards"][0]
-    path = folder / SHARD
-    size = path.stat().st_size if path.is_file() else None
-    if size != shard["bytes"] or size != shard["tokens"] * dtype.itemsize:
-        raise ValueError(
-            f"{path}: {'missing' if size is None else f'{size} bytes'}, must have {shard['bytes']}"
-        )
-    tokens = np.memmap(path, dtype=dtype, mode="r")
-    _check_tokens(tokens, path, shard["sha256"], meta["vocab_size"])
-    starts = _read_documents(folder / DOCUMENTS, meta["documents"], len(tokens))
+    tokenizer = from_json(meta["tokenizer"])
+    (shard,) = meta["shards"]
+    tokens = _map_tokens(folder / SHARD, token_dtype(tokenizer.vocab_size), shard)
+    _check_ids(tokens, folder / SHARD, tokenizer.vocab_size)
     return TokenDataset(
         tokens=tokens,
-        document_starts=starts,
-        fingerprint=meta["fingerprint"],
-        tokenizer=from_json(meta["tokenizer"]),
+        document_starts=_read_documents(folder / DOCUMENTS, meta["documents"], len(tokens)),
+        fingerprint=_fingerprint(meta),
+        tokenizer=tokenizer,
         bytes=meta["text"]["bytes"],
         words=meta["text"]["words"],
         corpus=meta["corpus"],
@@ -69,76 +83,37 @@ def open_dataset(folder: Path) -> TokenDataset:
     )
 
 
-def write_dataset(folder: Path, corpus: str, split: str, text: Split, tokenizer: Tokenizer) -> None:
-    """Writes the tokens of a split into a new folder, and flushes all of it to disk."""
-    folder.mkdir()
-    shard, starts, words = _write_tokens(folder / SHARD, text, tokenizer)
-    with (folder / DOCUMENTS).open("wb") as file:
-        np.save(file, starts, allow_pickle=False)
-        _sync(file)
-    with (folder / META).open("wb") as file:
-        meta = _describe(corpus, split, text, tokenizer, shard, starts, words)
-        file.write(json.dumps(meta, indent=1).encode())
-        _sync(file)
-    sync_folder(folder)
+def _fingerprint(meta: dict[str, Any]) -> str:
+    shards = [[shard["name"], shard["bytes"], shard["sha256"]] for shard in meta["shards"]]
+    return sha256_json([meta["dtype"], meta["tokenizer_sha256"], shards, meta["documents"]["sha256"]])
 
 
-def _write_tokens(path: Path, text: Split, tokenizer: Tokenizer) -> tuple[dict[str, Any], np.ndarray, int]:
+def _write_text(folder: Path, text: Split, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Writes shard and documents; returns their part of meta.json."""
     dtype = token_dtype(tokenizer.vocab_size)
     digest, starts, words = hashlib.sha256(), [0], 0
-    with path.open("wb") as file:
+    with (folder / SHARD).open("wb") as file:
         for document in text.documents:
-            counter, tokens = WordCounter(), 0
+            counter, num_tokens = WordCounter(), 0
             for chunk, ids in encode_text(tokenizer, document):
-                block = ids.astype(dtype, copy=False).data
+                block = ids.astype(dtype, copy=False).tobytes()
                 file.write(block)
                 digest.update(block)
                 counter.add(chunk)
-                tokens += len(ids)
-            starts.append(starts[-1] + tokens)
+                num_tokens += len(ids)
+            starts.append(starts[-1] + num_tokens)
             words += counter.words
         _sync(file)
-    shard = {
-        "name": path.name,
-        "tokens": starts[-1],
-        "bytes": starts[-1] * dtype.itemsize,
-        "sha256": digest.hexdigest(),
-    }
-    return shard, np.array(starts, dtype="<i8"), words
-
-
-def _describe(
-    corpus: str,
-    split: str,
-    text: Split,
-    tokenizer: Tokenizer,
-    shard: dict[str, Any],
-    starts: np.ndarray,
-    words: int,
-) -> dict[str, Any]:
-    """The content of meta.json."""
-    dtype = token_dtype(tokenizer.vocab_size).str
-    documents = {"count": len(starts) - 1, "sha256": hashlib.sha256(starts.data).hexdigest()}
-    content = [
-        dtype,
-        tokenizer_hash(tokenizer),
-        [[shard["name"], shard["bytes"], shard["sha256"]]],
-        documents["sha256"],
-    ]
-    meta = {
-        "version": VERSION,
-        "corpus": corpus,
-        "split": split,
-        "dtype": dtype,
-        "vocab_size": tokenizer.vocab_size,
-        "tokenizer": tokenizer.to_json(),
-        "tokenizer_sha256": tokenizer_hash(tokenizer),
-        "shards": [shard],
-        "documents": documents,
+    document_starts = np.array(starts, dtype="<i8")
+    with (folder / DOCUMENTS).open("wb") as file:
+        np.save(file, document_starts, allow_pickle=False)
+        _sync(file)
+    size = starts[-1] * dtype.itemsize
+    return {
+        "shards": [{"name": SHARD, "tokens": starts[-1], "bytes": size, "sha256": digest.hexdigest()}],
+        "documents": {"count": len(starts) - 1, "sha256": hashlib.sha256(document_starts.data).hexdigest()},
         "text": {"bytes": text.num_bytes, "words": words},
-        "fingerprint": sha256_json(content),
     }
-    return {**meta, "checksum": sha256_json(meta)}
 
 
 def _read_meta(path: Path) -> dict[str, Any]:
@@ -148,46 +123,50 @@ def _read_meta(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path}: damaged, not the description of a token dataset") from error
+        raise ValueError(f"{path}: damaged, it does not describe a token dataset") from error
     if checksum != sha256_json(meta):
         raise ValueError(f"{path}: damaged, its checksum is wrong")
     if meta["version"] != VERSION:
-        raise ValueError(f"{path}: version {meta['version']}, this program reads {VERSION}")
+        raise ValueError(f"{path}: has version {meta['version']}; this program reads version {VERSION}")
     return meta
 
 
-def _check_tokens(tokens: np.ndarray, path: Path, sha256: str, vocab_size: int) -> None:
-    if tokens.nbytes <= FULL_CHECK_BYTES:
-        pieces = [0]
-        length = len(tokens)
-        if hashlib.sha256(tokens.data).hexdigest() != sha256:
-            raise ValueError(f"{path}: damaged, its sha256 is not {sha256}")
-    else:
-        length = SAMPLE_TOKENS
-        pieces = np.linspace(0, len(tokens) - length, SAMPLES).astype(np.int64).tolist()
-    for start in pieces:
+def _map_tokens(path: Path, dtype: np.dtype, shard: dict[str, Any]) -> np.ndarray:
+    if not path.is_file():
+        raise ValueError(f"{path}: missing")
+    size = path.stat().st_size
+    if size != shard["bytes"] or size != shard["tokens"] * dtype.itemsize:
+        content = f"{shard['tokens']} tokens of {dtype.itemsize} bytes"
+        raise ValueError(f"{path}: damaged, it ends at byte {size} instead of {shard['bytes']} ({content})")
+    ids = np.memmap(path, dtype=dtype, mode="r")
+    if size <= FULL_CHECK_BYTES and hashlib.sha256(ids.data).hexdigest() != shard["sha256"]:
+        raise ValueError(f"{path}: damaged, its sha256 is not {shard['sha256']}")
+    return ids
+
+
+def _check_ids(tokens: np.ndarray, path: Path, vocab_size: int) -> None:
+    length, starts = len(tokens), np.zeros(1, dtype=np.int64)
+    if tokens.nbytes > FULL_CHECK_BYTES:
+        length, starts = SAMPLE_TOKENS, np.linspace(0, len(tokens) - SAMPLE_TOKENS, SAMPLES).astype(np.int64)
+    for start in starts:
         piece = tokens[start : start + length]
         if piece.max() >= vocab_size:
-            where = start + int((piece >= vocab_size).argmax())
+            first = start + int((piece >= vocab_size).argmax())
             raise ValueError(
-                f"{path}: token {where} is {tokens[where]}, but the vocabulary has {vocab_size} tokens"
+                f"{path}: damaged, the token at byte {first * tokens.itemsize} is {tokens[first]}, "
+                f"but the vocabulary has {vocab_size} tokens"
             )
 
 
 def _read_documents(path: Path, expected: dict[str, Any], num_tokens: int) -> np.ndarray:
     try:
-        starts = np.load(
-            path, mmap_mode="r", allow_pickle=False
-        )  # mapped: a forged header cannot claim memory
+        starts = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: a forged header claims no memory
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"{path}: missing or damaged ({error})") from error
-    if (
-        starts.shape != (expected["count"] + 1,)
-        or hashlib.sha256(starts.data).hexdigest() != expected["sha256"]
-    ):
-        raise ValueError(f"{path}: damaged, its sha256 is not {expected['sha256']}")
+    if starts.dtype != np.dtype("<i8") or hashlib.sha256(starts.data).hexdigest() != expected["sha256"]:
+        raise ValueError(f"{path}: damaged, the sha256 of its numbers is not {expected['sha256']}")
     if starts[0] != 0 or starts[-1] != num_tokens or (np.diff(starts) <= 0).any():
-        raise ValueError(f"{path}: document starts must increase from 0 to {num_tokens}")
+        raise ValueError(f"{path}: damaged, document starts must increase from 0 to {num_tokens}")
     return np.array(starts)
 
 

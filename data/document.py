@@ -4,21 +4,21 @@ import gzip
 import lzma
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 CHUNK = 1 << 20  # bytes read at a time
 
-_OPENERS: dict[str, Callable[[Path], IO[bytes]]] = {".xz": lzma.open, ".gz": gzip.open}  # type: ignore[dict-item]
+_DECOMPRESS: dict[str, Callable[[Path], Any]] = {".xz": lzma.open, ".gz": gzip.open}
 
 
 @dataclass(frozen=True)
 class Document:
-    """Bytes [start, stop) of a file. Files named .xz or .gz are decompressed; nothing else is changed, line ends included."""
+    """Bytes [start, stop) of a file; those named .xz or .gz are decompressed, else no byte is changed."""
 
     path: Path
     start: int
@@ -26,7 +26,7 @@ class Document:
 
     @classmethod
     def whole(cls, path: Path) -> "Document":
-        return cls(path, 0, file_size(path))
+        return cls(path, 0, text_size(path))
 
     @property
     def num_bytes(self) -> int:
@@ -42,7 +42,7 @@ class Document:
                 block = file.read(min(CHUNK, left))
                 if not block:
                     raise ValueError(
-                        f"{self.locate(self.num_bytes - left)}: the file ends here, {left} bytes too early"
+                        f"{self.locate(self.num_bytes - left)}: the file ends {left} bytes too early"
                     )
                 left -= len(block)
                 block = held + block
@@ -97,29 +97,29 @@ class WordCounter:
         self._inside = not text[-1].isspace()
 
 
+def whole_documents(files: Iterable[Path]) -> list[Document]:
+    """One document per file; empty files are left out."""
+    return [document for document in map(Document.whole, files) if document.num_bytes]
+
+
 def character_start(text: bytes, position: int) -> int:
-    """The start of the UTF-8 character that the byte at `position` belongs to; `position` itself if the text is not UTF-8."""
+    """Where the UTF-8 character around the byte at `position` begins; `position` if it is not UTF-8."""
     for start in range(position, max(position - 4, -1), -1):
         if text[start] & 0xC0 != 0x80:
             return start
     return position
 
 
-def file_size(path: Path) -> int:
-    """Bytes of a file's text: decompressed for .xz and .gz, which takes a pass over the file."""
-    status = _stat(path)
-    if path.suffix not in _OPENERS:
-        return status.st_size
-    return _decompressed_size(path, status.st_size, status.st_mtime_ns)
+def text_size(path: Path) -> int:
+    """Bytes of a file's text; for .xz and .gz they are decompressed to be counted."""
+    status = file_status(path)
+    if path.suffix in _DECOMPRESS:
+        return _decompressed_size(path, status.st_size, status.st_mtime_ns)
+    return status.st_size
 
 
-def same_file_key(path: Path) -> tuple[int, int]:
-    """Equal for two paths exactly if they are one file, through links as well."""
-    status = _stat(path)
-    return status.st_dev, status.st_ino
-
-
-def _stat(path: Path) -> os.stat_result:
+def file_status(path: Path) -> os.stat_result:
+    """`path.stat()`; ValueError if it is refused."""
     try:
         return path.stat()
     except OSError as error:
@@ -135,7 +135,7 @@ def _decompressed_size(path: Path, compressed_size: int, mtime_ns: int) -> int:
 @contextmanager
 def _reading(path: Path) -> Iterator[IO[bytes]]:
     try:
-        with _OPENERS.get(path.suffix, lambda path: path.open("rb"))(path) as file:
+        with _DECOMPRESS[path.suffix](path) if path.suffix in _DECOMPRESS else path.open("rb") as file:
             yield file
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise ValueError(f"{path}: cannot be read ({error})") from error

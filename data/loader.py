@@ -1,4 +1,4 @@
-"""Batches of training windows: which samples a step, a micro-batch and a rank read, and what a model is told about them."""
+"""Batches of training windows: what a rank reads at each step, and what the model is told about it."""
 
 import zlib
 from collections.abc import Iterator
@@ -25,8 +25,10 @@ class Batch:
     labels: the next token, or -100 where it is unscored.
     positions, document_ends: None if documents are concatenated, else see `Loader`.
     first_sample: global index of row 0; the rows are consecutive samples.
-    crc: sum over the rows, modulo 2^32, of the crc32 of each row's T + 1 token ids as little-endian uint32. Added over the
-        micro-batches and ranks of a step it tells which data the step read, whatever the world size.
+    crc: sum modulo 2^32, over the rows, of the crc32 of a row's T + 1 token ids as little-endian uint32. The
+    sum
+        over the micro-batches and ranks of a step tells which data it read, and does not depend on their
+        number.
     """
 
     tokens: Tensor
@@ -40,15 +42,17 @@ class Batch:
 class Loader:
     """Training batches of one data rank, in the order that `SampleOrder` fixes.
 
-    A step reads G = `batch_sequences` consecutive samples, all ranks together. With W = `world` ranks and u = `micro_batch`,
-    row j of micro-batch m of rank r is the step's sample mWu + ru + j: the set does not depend on W or u.
+    A step reads G = `batch_sequences` consecutive samples, all ranks together. Row j of micro-batch m of rank
+    r is the step's sample mWu + ru + j, with W = `world` and u = `micro_batch`: the set does not depend on W
+    or u.
 
-    documents: what a window does that spans several documents.
+    documents: what becomes of a window that spans several documents.
         "concatenate": nothing, the text is one stream.
-        "reset": each document is alone. `positions` count from the start of the document, or of the row if it began
-            earlier, so that a row depends on nothing outside it. `document_ends` is the index in the row one past the
-            document's last token, more than T if it goes on after the row. The last token of a document is unscored: its
-            target belongs to another document.
+        "reset": each document stands alone. `positions` count from its start, or from the row's if it began
+        earlier, so
+            that a row depends on nothing outside it. `document_ends` is the index in the row one past its
+            last token, more than T if it goes on after the row. Its last token is unscored: the target is
+            another document's.
     """
 
     def __init__(
@@ -67,8 +71,8 @@ class Loader:
             raise ValueError(f"data.documents: must be {' or '.join(DOCUMENTS)}, not {documents!r}")
         if min(batch_sequences, micro_batch) < 1 or batch_sequences % (micro_batch * world):
             raise ValueError(
-                f"train.micro_batch: {batch_sequences} sequences cannot be cut into micro-batches of {micro_batch} "
-                f"on {world} data ranks"
+                f"train.micro_batch: {batch_sequences} sequences cannot be cut "
+                f"into micro-batches of {micro_batch} on {world} data ranks"
             )
         assert 0 <= rank < world, (rank, world)
         self.dataset = dataset
@@ -85,9 +89,8 @@ class Loader:
 
         first_sample: the data cursor, the number of samples that all steps before have read.
         """
-        return prefetch(
-            (self.step(first) for first in count(first_sample, self.batch_sequences)), STEPS_AHEAD
-        )
+        steps = (self.step(first) for first in count(first_sample, self.batch_sequences))
+        return prefetch(steps, STEPS_AHEAD)
 
     def step(self, first_sample: int) -> list[Batch]:
         """This rank's micro-batches of the step that reads the samples from `first_sample` on."""

@@ -1,13 +1,14 @@
-"""The order of training samples: a pure function of (seed, sample index), so that a run resumes from one integer.
+"""The order of training samples: a pure function of (seed, sample index), so that one integer resumes a run.
 
-Frozen: a change of any number here changes what every run with a given seed reads. `tests/data/test_order.py` holds it fast.
+Frozen: any change here changes what runs of a given seed read; `tests/data/test_order.py` holds it fast.
 
-Of N tokens, with windows of T, epoch e uses n = floor((N - T) / T) windows that begin at o_e, o_e + T, o_e + 2T, ...,
-where o_e = random(seed, e) mod T. (If n would be 0 there is one window, at 0.) Sample s is window pi_e(s mod n) of epoch
-e = s div n. It spans T + 1 tokens: T inputs and, shifted by one, T targets.
+Of N tokens, with windows of T, epoch e has n = floor((N - T) / T) windows, which begin at o, o + T, o + 2T,
+..., where o = random(seed, e) mod T. (If n would be 0 there is one window, at 0.) Sample s is window pi(s mod
+n) of epoch e = s div n. It spans T + 1 tokens: T inputs and, shifted by one, T targets.
 
-pi_e is a Feistel network over the next power of 4, walked along its cycle until it lands below n: a bijection that needs no
-memory, and no promise of numpy's about its random streams (NEP 19 gives none).
+pi, a permutation of range(n) selected by (seed, e), is a Feistel network over the next power of 4, walked
+along its cycle until it lands below n. So it needs no memory, and none of numpy's random streams, which may
+change (NEP 19).
 """
 
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd: steps along
 
 @dataclass(frozen=True)
 class SampleOrder:
-    """Where each training sample begins. ValueError if not one window of `seq_len` + 1 tokens fits into `num_tokens`."""
+    """Where each training sample begins. ValueError if not even one window fits into the tokens."""
 
     num_tokens: int
     seq_len: int
@@ -31,51 +32,48 @@ class SampleOrder:
             raise ValueError(f"data.seq_len: must be at least 1, not {self.seq_len}")
         if self.num_tokens < self.seq_len + 1:
             raise ValueError(
-                f"data.seq_len: a window of {self.seq_len} and its last target need {self.seq_len + 1} tokens, "
-                f"but the training text has {self.num_tokens}"
+                f"data.seq_len: a window of {self.seq_len} and the target of its last token take "
+                f"{self.seq_len + 1} tokens, but the training text has {self.num_tokens}"
             )
 
     @property
     def windows_per_epoch(self) -> int:
-        return max(1, (self.num_tokens - self.seq_len) // self.seq_len)
+        return max(1, self.num_tokens // self.seq_len - 1)
 
     def starts(self, samples: np.ndarray) -> np.ndarray:
-        """Index of the first token of each sample. samples: global sample indices, any shape -> int64, same shape."""
+        """Index of the first token of each sample: global sample indices [S] -> int64 [S]."""
         samples = np.asarray(samples, dtype=np.uint64)
         n = np.uint64(self.windows_per_epoch)
-        epoch_keys = _epoch_keys(self.seed, samples // n)
-        windows = permute(samples % n, int(n), epoch_keys)
-        starts = (windows * np.uint64(self.seq_len)).astype(np.int64)
-        if self.num_tokens < 2 * self.seq_len:
-            return starts
-        return starts + (mix(epoch_keys) % np.uint64(self.seq_len)).astype(np.int64)
+        keys = _epoch_keys(self.seed, samples // n)
+        starts = permute(samples % n, int(n), keys) * np.uint64(self.seq_len)
+        if self.num_tokens >= 2 * self.seq_len:
+            starts += mix(keys) % np.uint64(self.seq_len)
+        return starts.astype(np.int64)
 
 
 def permute(values: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
-    """The image of each value under the permutation of range(size) that its key selects. uint64 arrays of one shape."""
-    half_bits = max(1, (int(size - 1).bit_length() + 1) // 2)
-    result = _feistel(values, half_bits, keys)
-    outside = result >= size
-    while outside.any():
-        result[outside] = _feistel(result[outside], half_bits, keys[outside])
-        outside = result >= size
-    return result
+    """Image of each value [S] under the permutation of range(size) that its key [S] selects; all uint64."""
+    half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
+    images = _feistel(values, half_bits, keys)
+    while (outside := images >= size).any():
+        images[outside] = _feistel(images[outside], half_bits, keys[outside])
+    return images
 
 
 def mix(values: np.ndarray) -> np.ndarray:
-    """A bijection of 64-bit numbers that scatters them: SplitMix64's output function (Steele, Lea, Flood 2014)."""
+    """A bijection that scatters 64-bit numbers: the output function of SplitMix64 (Steele et al., 2014)."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
 
 
 def _epoch_keys(seed: int, epochs: np.ndarray) -> np.ndarray:
-    seed_key = mix(np.array(seed % 2**64, dtype=np.uint64) + _GOLDEN)
-    return mix(seed_key + (epochs + np.uint64(1)) * _GOLDEN)
+    seeds = np.full(epochs.shape, seed % 2**64, dtype=np.uint64)
+    return mix(mix(seeds + _GOLDEN) + (epochs + np.uint64(1)) * _GOLDEN)
 
 
 def _feistel(values: np.ndarray, half_bits: int, keys: np.ndarray) -> np.ndarray:
-    """A permutation of range(4 ** half_bits), selected by the key."""
+    """A permutation of range(4^half_bits), selected by the key."""
     bits, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
     left, right = values >> bits, values & mask
     for _ in range(ROUNDS):

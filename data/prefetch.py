@@ -12,15 +12,15 @@ _END = object()
 def prefetch(items: Iterable[Item], depth: int) -> Iterator[Item]:
     """The items in their order, up to `depth` of them made ahead of time by a thread.
 
-    The thread starts with the first item asked for and ends when the iterator is exhausted, closed or forgotten (a `break`
-    does that). What `items` raises is raised here, traceback included, after the items before it.
+    The thread starts with the first item asked for and ends when the iterator is exhausted, closed or
+    forgotten (a `break` does that). What `items` raises is raised here, traceback included, after the items
+    before it.
     """
     ready: SimpleQueue = SimpleQueue()
     free = threading.Semaphore(depth)
     stop = threading.Event()
-    thread = threading.Thread(
-        target=_work, args=(iter(items), ready, free, stop), name="prefetch", daemon=True
-    )
+    work = (iter(items), ready, free, stop)
+    thread = threading.Thread(target=_work, args=work, name="prefetch", daemon=True)
     thread.start()
     try:
         while True:

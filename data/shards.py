@@ -1,6 +1,6 @@
 """Preparation of token shards: each split of a corpus is tokenized once and kept in a cache folder.
 
-A dataset appears under its name complete or not at all: it is written beside, flushed and renamed.
+A dataset appears under its name complete or not at all: it is written beside, flushed, and renamed.
 """
 
 import errno
@@ -16,10 +16,10 @@ from pathlib import Path
 
 from data.corpus import Corpus
 from data.dataset import VERSION, TokenDataset, open_dataset, sha256_json, sync_folder, write_dataset
-from data.document import Split
+from data.document import Split, file_status
 from data.tokenizer import Tokenizer, token_dtype, tokenizer_hash
 
-__all__ = ["TokenDataset", "default_cache", "open_dataset", "prepare"]
+__all__ = ["TokenDataset", "default_cache", "prepare"]
 
 
 def default_cache() -> Path:
@@ -32,52 +32,57 @@ def prepare(
 ) -> TokenDataset:
     """The split in tokens: from the cache if it is there and intact, else made and cached.
 
-    A damaged folder of the cache is made anew, with a warning. Processes that need the same dataset at once make it once.
-    cache_dir: None means `default_cache()`. ValueError if the text cannot be encoded or the cache not written.
+    A damaged dataset in the cache is made anew, with a warning. Processes that need one at once make it once.
+    cache_dir: None means `default_cache()`. ValueError if the text cannot be encoded or the cache not
+    written.
     """
     text = corpus.split(split)
     cache = default_cache() if cache_dir is None else Path(cache_dir).expanduser()
-    folder = cache / f"{corpus.name}-{split}-{tokenizer.name}-{_cache_key(corpus, split, text, tokenizer)}"
+    key = _cache_key(corpus.name, split, text, tokenizer)
+    folder = cache / f"{corpus.name}-{split}-{tokenizer.name}-{key}"
     with suppress(ValueError):
         return open_dataset(folder)
-    with _writing(folder, text.num_bytes * token_dtype(tokenizer.vocab_size).itemsize), _locked(folder):
-        if folder.exists():  # damaged, unless another process has just made it
-            try:
-                return open_dataset(folder)
-            except ValueError as error:
-                warnings.warn(f"damaged cache, made anew: {error}", stacklevel=2)
-                folder.rename(_scratch(folder))
-        for abandoned in folder.parent.glob(
-            f"{_scratch_prefix(folder)}*"
-        ):  # we hold the lock: nobody is writing them
-            shutil.rmtree(abandoned, ignore_errors=True)
-        temporary = _scratch(folder)
-        try:
-            write_dataset(temporary, corpus.name, split, text, tokenizer)
-            _commit(temporary, folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    with _cache_errors(cache, text, tokenizer), _locked(folder):
+        _make(folder, corpus.name, split, text, tokenizer)
     return open_dataset(folder)
 
 
-def _cache_key(corpus: Corpus, split: str, text: Split, tokenizer: Tokenizer) -> str:
+def _make(folder: Path, corpus: str, split: str, text: Split, tokenizer: Tokenizer) -> None:
+    if folder.exists():
+        try:
+            open_dataset(folder)  # another process has just made it
+            return
+        except ValueError as error:
+            warnings.warn(f"damaged cache, made anew: {error}", stacklevel=3)
+            folder.rename(_scratch(folder))
+    for abandoned in folder.parent.glob(
+        f"{_scratch_prefix(folder)}*"
+    ):  # damaged, or left by a killed process
+        shutil.rmtree(abandoned, ignore_errors=True)
+    temporary = _scratch(folder)
+    try:
+        write_dataset(temporary, corpus, split, text, tokenizer)
+        _commit(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _cache_key(corpus: str, split: str, text: Split, tokenizer: Tokenizer) -> str:
     """Changes with whatever may change the tokens; the split rule is in the byte ranges of the documents."""
     sources = []
     for document in text.documents:
         path = document.path.resolve()
-        status = path.stat()
+        status = file_status(path)
         sources.append([str(path), status.st_size, status.st_mtime_ns, document.start, document.stop])
-    return sha256_json([VERSION, corpus.name, split, tokenizer_hash(tokenizer), sources])[:16]
+    return sha256_json([VERSION, corpus, split, tokenizer_hash(tokenizer), sources])[:16]
 
 
 def _commit(temporary: Path, folder: Path) -> None:
     try:
         temporary.rename(folder)
     except OSError as error:
-        if error.errno not in (
-            errno.ENOTEMPTY,
-            errno.EEXIST,
-        ):  # another process was first: its dataset is as good
+        another_was_first = error.errno in (errno.ENOTEMPTY, errno.EEXIST)  # and its dataset serves as well
+        if not another_was_first:
             raise
     sync_folder(folder.parent)
 
@@ -87,12 +92,13 @@ def _scratch(folder: Path) -> Path:
 
 
 def _scratch_prefix(folder: Path) -> str:
-    return f"{folder.name}.tmp-{socket.gethostname()}-"  # locks of some shared file systems do not reach other hosts
+    """Names the host: on a shared file system the lock may not reach the processes of other hosts."""
+    return f"{folder.name}.tmp-{socket.gethostname()}-"
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """One process at a time makes this dataset. Without lock support all make it, and the first to finish wins."""
+    """One process at a time makes a dataset; where locks do not work, all do and the first one done wins."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_name(f"{folder.name}.lock").open("w") as file:
         with suppress(OSError):
@@ -101,11 +107,12 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _writing(folder: Path, num_bytes: int) -> Iterator[None]:
+def _cache_errors(cache: Path, text: Split, tokenizer: Tokenizer) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        needed = text.num_bytes * token_dtype(tokenizer.vocab_size).itemsize
         raise ValueError(
-            f"data.cache: cannot write {num_bytes:,} bytes into {folder.parent} ({error.strerror}); "
+            f"data.cache: cannot write up to {needed:,} bytes into {cache} ({error.strerror}); "
             "choose another folder with data.cache or $LMTRAIN_CACHE"
         ) from error

@@ -25,10 +25,7 @@ class EncodingError(ValueError):
 
 
 class Tokenizer(Protocol):
-    """Exact in both directions: `decode(encode(text)) == text`, and the `token_bytes` of the ids sum to len(text).
-
-    encode: EncodingError for text it has no tokens for. decode: ValueError for an id that is no token.
-    """
+    """Text to token ids and back, exactly: `decode(encode(text)) == text`."""
 
     name: ClassVar[str]
 
@@ -37,15 +34,28 @@ class Tokenizer(Protocol):
 
     @property
     def token_bytes(self) -> np.ndarray:
-        """int64 [vocab_size]: UTF-8 bytes of each token, the denominator of bits per byte."""
+        """int64 [vocab_size]: UTF-8 bytes of each token. Those of a text's ids sum to its length."""
+        ...
 
     def encode(self, text: bytes) -> np.ndarray:
-        """Token ids [n], of the dtype `token_dtype(vocab_size)`."""
+        """Token ids [n] of type `token_dtype(vocab_size)`; EncodingError where the text has no tokens."""
+        ...
 
-    def decode(self, ids: np.ndarray) -> bytes: ...
+    def decode(self, ids: np.ndarray) -> bytes:
+        """The text of ids [n]; ValueError for an id that is no token."""
+        ...
 
     def to_json(self) -> dict[str, Any]:
         """All that `from_json` needs; its hash is the tokenizer's identity."""
+        ...
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> "Tokenizer": ...
+
+    @classmethod
+    def train(cls, text: Text) -> "Tokenizer":
+        """The tokenizer made from a training text; ValueError names file and byte of what it cannot take."""
+        ...
 
 
 class ByteTokenizer:
@@ -53,7 +63,10 @@ class ByteTokenizer:
 
     name: ClassVar[str] = "bytes"
     vocab_size = 256
-    token_bytes = np.ones(256, dtype=np.int64)
+
+    @property
+    def token_bytes(self) -> np.ndarray:
+        return np.ones(self.vocab_size, dtype=np.int64)
 
     def encode(self, text: bytes) -> np.ndarray:
         return np.frombuffer(text, dtype=np.uint8)
@@ -125,9 +138,7 @@ class CharacterTokenizer:
         return cls("".join(seen))
 
 
-TOKENIZERS: dict[str, type[ByteTokenizer] | type[CharacterTokenizer]] = {
-    tokenizer.name: tokenizer for tokenizer in (ByteTokenizer, CharacterTokenizer)
-}
+TOKENIZERS: dict[str, type[Tokenizer]] = {"bytes": ByteTokenizer, "characters": CharacterTokenizer}
 
 
 def build_tokenizer(name: str, training_text: Text) -> Tokenizer:
@@ -162,7 +173,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u1" if vocab_size <= 1 << 8 else "<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
-def _class_of(name: str) -> type[ByteTokenizer] | type[CharacterTokenizer]:
+def _class_of(name: str) -> type[Tokenizer]:
     if name not in TOKENIZERS:
         raise ValueError(f"data.tokenizer: no tokenizer {name!r}; known: {', '.join(TOKENIZERS)}")
     return TOKENIZERS[name]

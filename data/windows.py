@@ -1,13 +1,13 @@
-"""Evaluation windows: every target of a token stream is scored exactly once, whatever context and stride are."""
+"""Evaluation windows: every target of a token stream is scored exactly once, for every context and stride."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
 
 
 class Window(NamedTuple):
-    """Inputs tokens[start:end], at most `context` of them, predict tokens[start + 1 : end + 1].
+    """The inputs tokens[start:end] predict the targets tokens[start + 1 : end + 1].
 
-    Of these targets, tokens[first_scored : end + 1] count: end + 1 - first_scored of them, the last ones of the window.
+    Of these, tokens[first_scored : end + 1] count; for the others an earlier window did.
     """
 
     start: int
@@ -16,14 +16,15 @@ class Window(NamedTuple):
 
 
 def windows(num_tokens: int, context: int, stride: int) -> Iterator[Window]:
-    """Windows that end every `stride` tokens, each scoring only the targets that no earlier window scored.
+    """Windows of up to `context` inputs that end every `stride` tokens; each scores what no earlier one did.
 
-    The targets 1 .. num_tokens - 1 are all scored; token 0 is never one, for nothing precedes it. The first window scores
-    all its targets. Every later target is predicted from more than context - stride tokens, the short window at the end
-    included. stride = context: disjoint windows. ValueError unless 1 <= stride <= context.
+    The first window scores all its targets, the short one at the end is included: tokens 1 .. num_tokens - 1
+    are scored once each, token 0 never, for nothing precedes it. After the first window every target is
+    predicted from more than context - stride tokens; stride = context makes disjoint windows. ValueError
+    unless 1 <= stride <= context.
     """
     if not 1 <= stride <= context:
-        raise ValueError(f"eval.stride: must be from 1 to the context of {context} tokens, not {stride}")
+        raise ValueError(f"eval.stride: must be from 1 to the context, {context}, not {stride}")
     num_inputs = num_tokens - 1
     if num_inputs < 1:
         return
