@@ -34,7 +34,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     parts: list[torch.optim.Optimizer] = []
     if adamw:
         groups = _decay_groups(adamw, config.weight_decay)
-        parts.append(torch.optim.AdamW(groups, config.lr, tuple(config.betas), config.eps, fused=True))
+        parts.append(torch.optim.AdamW(groups, config.lr, config.betas, config.eps, fused=True))
     if muon:
         groups = _decay_groups(muon, config.weight_decay)
         parts.append(torch.optim.Muon(groups, config.lr, adjust_lr_fn="match_rms_adamw"))
