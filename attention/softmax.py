@@ -121,7 +121,7 @@ class TokenAttention(Mixer):
 
     def pattern(self, length: int) -> Lifetimes:
         """Lifetimes of the keys of one document of `length` tokens, int32 broadcast to [kv_heads, length]."""
-        life = self.lifetimes(Clock.plain(length))
+        life = self.lifetimes(Clock.plain(length, torch.device("cpu")))
         return Lifetimes(life.birth[0], life.death[0])
 
     def cost(self, length: int) -> Cost:
