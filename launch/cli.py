@@ -1,0 +1,232 @@
+"""The command line. Each verb is one function here that calls the library and prints; nothing else happens here.
+
+Exit codes: 0 done, 2 the user's mistake, 4 the answer is no (a leak, a damaged checkpoint, training gave up), 75 stopped
+early with a checkpoint, 130 interrupted; others are crashes. With --json one JSON object goes to stdout and all else to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+NO = 4
+USER_ERROR = 2
+INTERRUPTED = 130
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    arguments = parse(sys.argv[1:] if argv is None else argv)
+    try:
+        return arguments.run(arguments)
+    except ValueError as error:
+        if arguments.debug:
+            traceback.print_exc()
+        print(f"lmtrain {arguments.verb}: {error}" if "\n" not in str(error) else error, file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of a pipe went away: nobody is left to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Arguments as a namespace with `run`, the function of the verb. Mistakes exit with 2."""
+    parser, verbs = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    overrides = [word for word in rest if "=" in word and not word.startswith("-")]
+    stray = [word for word in rest if word not in overrides]
+    if stray or (overrides and not hasattr(arguments, "overrides")):
+        verbs[arguments.verb].error(f"unrecognized arguments: {' '.join(stray or overrides)}")
+    if overrides:  # key=value may stand before or behind options
+        arguments.overrides = [*arguments.overrides, *overrides]
+    return arguments
+
+
+def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    parser = argparse.ArgumentParser(
+        prog="lmtrain",
+        description="Train language models on long sequences with pluggable sequence mixers.",
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(name: str, run: Callable[[Any], int], summary: str, *examples: str) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(
+            name,
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}.",
+            epilog="examples:\n" + "\n".join(f"  lmtrain {name} {example}" for example in examples),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.set_defaults(run=run)
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        return sub
+
+    _add_train(verb("train", _train, "train a model, or go on training it", "demo", "demo run.dir=runs/wide model.dim=256"))
+    _add_eval(verb("eval", _eval, "score a text with a trained model", "runs/demo", "runs/demo --on text:all --path book.txt --json"))
+    _add_generate(verb("generate", _generate, "let a trained model write", 'runs/demo --prompt "def "', "runs/demo --temperature 0 --length 200"))
+    _add_inspect(verb("inspect", _inspect, "what a model costs, without making it", "demo", "demo model.pattern=far --json"))
+    _add_audit(verb("audit", _audit, "whether a model sees the future", "demo", "runs/demo --json"))
+    listing = verb("list", _list, "the mixers and what they cost", "", "--length 65536 --json")
+    listing.add_argument("--length", type=_positive, default=8192, help="tokens at which costs are stated (8192)")
+    listing.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    check = verb("checkpoint", _checkpoint, "whether a checkpoint is intact", "verify runs/demo", "verify runs/demo/checkpoints/step-300")
+    check.add_argument("action", choices=["verify"])
+    check.add_argument("path", type=Path, help="a checkpoint, or a run: all of its checkpoints")
+    return parser, dict(verbs.choices)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be >= 1, got {number}")
+    return number
+
+
+def _add_config(sub: argparse.ArgumentParser, what: str) -> None:
+    sub.add_argument("config", help=what)
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="settings that go before those of the file")
+
+
+def _add_train(sub: argparse.ArgumentParser) -> None:
+    _add_config(sub, "a YAML file, or the name of a shipped configuration (demo, enwik8/local)")
+    sub.add_argument("--resume", type=Path, metavar="CHECKPOINT", help="start run.dir from this checkpoint")
+    sub.add_argument("--fresh", action="store_true", help="if all checkpoints of run.dir are damaged, begin again beside them")
+
+
+def _add_eval(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("run_dir", type=Path, metavar="RUN", help="a run's folder, or one of its checkpoints")
+    sub.add_argument("--on", metavar="CORPUS[:SPLIT]", help="what to score (the run's own validation split)")
+    sub.add_argument("--path", help="file of that corpus")
+    sub.add_argument("--context", type=_positive, help="most tokens that a scored token may see")
+    sub.add_argument("--stride", type=_positive, help="new tokens scored per window (context)")
+    sub.add_argument("--carry", action="store_true", help="carry the state through the text; no windows")
+    sub.add_argument("--json", action="store_true", help="one JSON object on stdout")
+
+
+def _add_generate(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("run_dir", type=Path, metavar="RUN", help="a run's folder, or one of its checkpoints")
+    sub.add_argument("--prompt", default="", help="text to go on from")
+    sub.add_argument("--length", type=_positive, default=500, help="tokens to write (500)")
+    sub.add_argument("--temperature", type=float, default=1.0, help="0 = always the likeliest token (1.0)")
+    sub.add_argument("--top-k", type=_positive, help="draw from the k likeliest tokens")
+    sub.add_argument("--top-p", type=float, help="draw from the likeliest tokens that hold this probability")
+    sub.add_argument("--seed", type=int, help="the same seed writes the same text")
+
+
+def _add_inspect(sub: argparse.ArgumentParser) -> None:
+    _add_config(sub, "a YAML file, a shipped configuration, or a run's folder")
+    sub.add_argument("--json", action="store_true", help="one JSON object on stdout")
+
+
+def _add_audit(sub: argparse.ArgumentParser) -> None:
+    _add_config(sub, "a YAML file or shipped configuration (fresh weights), or a run's folder (its weights)")
+    sub.add_argument("--length", type=_positive, help="tokens of the test sequences")
+    sub.add_argument("--json", action="store_true", help="one JSON object on stdout")
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from lmtrain.config import load
+    from lmtrain.setup import check_data, check_disk, check_run_folder
+    from lmtrain.train import train
+
+    checks = (check_data, check_run_folder, check_disk)
+    config = load(arguments.config, arguments.overrides, checks=checks)
+    return train(config, resume=arguments.resume, fresh=arguments.fresh)
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from lmtrain.evaluate import evaluate, evaluate_carried, format_result, write_result
+    from lmtrain.restore import open_run
+    from lmtrain.setup import read_split
+
+    if arguments.carry and (arguments.context or arguments.stride):
+        raise ValueError("--carry reads the text once, without windows: it takes no --context and no --stride")
+    restored = open_run(arguments.run_dir)
+    config = restored.config
+    dataset = read_split(config, restored.tokenizer, arguments.on, arguments.path)
+    if arguments.carry:
+        result = evaluate_carried(restored.model, dataset, seq_len=config.data.seq_len, documents=config.data.documents)
+    else:
+        context = arguments.context or config.eval_context
+        stride = arguments.stride or (config.eval.stride if arguments.context is None else None) or context
+        result = evaluate(restored.model, dataset, context=context, stride=stride, documents=config.data.documents)
+    kept = write_result(restored.run, result, checkpoint=restored.checkpoint, step=restored.step)
+    _show(arguments, lambda: result.to_json(restored.checkpoint, restored.step), lambda: format_result(result))
+    print(f"kept in {kept}", file=sys.stderr)
+    return 0
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from lmtrain.generate import generate, printable
+    from lmtrain.restore import open_run
+
+    restored = open_run(arguments.run_dir)
+    pieces = generate(
+        restored.model,
+        restored.tokenizer,
+        arguments.prompt.encode(),
+        length=arguments.length,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+    )
+    print(arguments.prompt, end="")
+    for text in printable(pieces):
+        print(text, end="", flush=True)
+    print()
+    return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from lmtrain.config import load, reload
+    from lmtrain.inspect import inspect
+
+    read = reload if Path(arguments.config).is_dir() else load
+    inspection = inspect(read(arguments.config, arguments.overrides))
+    _show(arguments, inspection.to_json, inspection.format)
+    return 0
+
+
+def _audit(arguments: argparse.Namespace) -> int:
+    from lmtrain.audit import audit
+    from lmtrain.restore import model_to_audit
+
+    model, config = model_to_audit(arguments.config, arguments.overrides)
+    report = audit(model, length=arguments.length or config.data.seq_len)
+    _show(arguments, report.to_json, report.format)
+    return NO if report.leaks else 0
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    from lmtrain.inspect import list_mixers
+
+    listing = list_mixers(arguments.length)
+    _show(arguments, listing.to_json, listing.format)
+    return 0
+
+
+def _checkpoint(arguments: argparse.Namespace) -> int:
+    from lmtrain.checkpoint import verify
+    from lmtrain.shelf import candidates
+
+    path: Path = arguments.path
+    paths = candidates(path / "checkpoints") if (path / "checkpoints").is_dir() else [path]
+    if not paths or not all(p.is_dir() for p in paths):
+        raise ValueError(f"{path}: no checkpoint there")
+    found = [(p, verify(p)) for p in paths]
+    for checkpoint, problems in found:
+        print(f"{checkpoint}: {'intact' if not problems else 'DAMAGED: ' + '; '.join(problems)}")
+    return NO if any(problems for _, problems in found) else 0
+
+
+def _show(arguments: argparse.Namespace, to_json: Callable[[], Any], to_text: Callable[[], str]) -> None:
+    print(json.dumps(to_json(), indent=1, allow_nan=False) if arguments.json else to_text())

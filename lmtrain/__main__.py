@@ -1,0 +1,7 @@
+"""`python -m lmtrain` is the command `lmtrain`."""
+
+import sys
+
+from launch.cli import main
+
+sys.exit(main())

@@ -1,0 +1,39 @@
+"""TensorBoard: a mirror of metrics.jsonl. If it fails, the run goes on without it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+class Board:
+    """Writes scalars under `folder`; `complain` is told once if writing fails."""
+
+    def __init__(self, folder: Path, complain: Callable[[str], None], enabled: bool = True, purge_step: int = 0) -> None:
+        self._complain = complain
+        self._writer: Any = None
+        if enabled:
+            self._guard(lambda: self._open(folder, purge_step))
+
+    def _open(self, folder: Path, purge_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=purge_step or None)
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        """Write each value under its tag."""
+        if self._writer is not None:
+            self._guard(lambda: [self._writer.add_scalar(tag, value, step) for tag, value in values.items()])
+
+    def close(self) -> None:
+        """Flush and close."""
+        if self._writer is not None:
+            self._guard(self._writer.close)
+
+    def _guard(self, write: Callable[[], Any]) -> None:
+        try:
+            write()
+        except Exception as error:
+            self._writer = None
+            self._complain(f"TensorBoard stopped ({type(error).__name__}: {error}); the run goes on without it")

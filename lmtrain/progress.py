@@ -1,0 +1,70 @@
+"""What a person sees of a run: one live line on a terminal, plain lines elsewhere, all of them in log.txt."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TextIO
+
+
+class Progress:
+    """Writes to `stream`; `keep` is called with every line that is not merely live."""
+
+    def __init__(self, stream: TextIO | None = None, keep: Callable[[str], None] = lambda line: None) -> None:
+        self.stream = sys.stderr if stream is None else stream
+        self.live = self.stream.isatty()
+        self.keep = keep
+        self._shown = 0
+
+    def note(self, line: str) -> None:
+        """A line that stays."""
+        self._clear()
+        print(line, file=self.stream, flush=True)
+        self.keep(line)
+
+    def update(self, line: str, logged: bool) -> None:
+        """The state of the run; `logged` lines are kept, the others only pass by on a terminal."""
+        if self.live:
+            self.stream.write("\r" + line.ljust(self._shown))
+            self.stream.flush()
+            self._shown = len(line)
+        elif logged:
+            print(line, file=self.stream, flush=True)
+        if logged:
+            self.keep(line)
+
+    def _clear(self) -> None:
+        if self._shown:
+            self.stream.write("\r" + " " * self._shown + "\r")
+            self._shown = 0
+
+
+def step_line(row: dict[str, Any], *, steps: int, bits_per_byte: float, flops: float, memory: float, eta: float) -> str:
+    """One line about a training step. flops: per second; memory: bytes; eta: seconds; row: see `metrics.jsonl`."""
+    parts = [
+        f"step {row['step']}/{steps}",
+        f"loss {row['loss']:.4f}",
+        f"{bits_per_byte:.3f} bpb",
+        f"lr {row['lr']:.1e}",
+        f"|g| {row['grad_norm']:.2f}",
+        f"{si(row['tokens_per_second'])} tok/s",
+        f"{si(flops)}FLOP/s",
+        f"{memory / 1e9:.1f} GB",
+        f"eta {timedelta(seconds=round(eta))}",
+    ]
+    if row["skipped"]:
+        parts.append(f"skipped {row['skipped']}")
+    return "  ".join(parts)
+
+
+def si(number: float) -> str:
+    """Three significant digits with a decimal prefix: 41200 -> 41.2k."""
+    if not math.isfinite(number):
+        return str(number)
+    for prefix in ("", "k", "M", "G", "T"):
+        if abs(number) < 999.5:
+            return f"{number:.3g}{prefix}"
+        number /= 1000
+    return f"{number:.3g}P"

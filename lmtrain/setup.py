@@ -1,0 +1,165 @@
+"""From a configuration to the parts of a run: device, data, model, engine. And what can be known to fail before."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from data.corpus import DEFAULT_VALIDATION, load_corpus
+from data.shards import TokenDataset, prepare
+from data.tokenizer import Tokenizer, build_tokenizer
+from lmtrain import checkpoint
+from lmtrain.config import Config, OptimizerConfig, differences, reload
+from lmtrain.model import DecoderLM
+from lmtrain.optimizer import build_optimizer
+from lmtrain.problems import Problem
+from parallel.engine import TorchEngine
+
+FREE_TO_CHANGE = ("run.dir", "data.path", "data.cache", "train.threads", "log", "eval", "checkpoint")
+"""Settings that a run may be resumed with at another value: what is learnt does not depend on them (that the data
+are the same is checked by their fingerprint)."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """The tokens of a run and the tokenizer that made them."""
+
+    tokenizer: Tokenizer
+    train: TokenDataset
+    validation: TokenDataset
+
+
+def run_folder(config: Config) -> Path:
+    """run.dir, which loading a configuration fills in."""
+    assert config.run.dir is not None
+    return Path(config.run.dir).expanduser()
+
+
+def build_data(config: Config) -> Data:
+    """Read and tokenize what the configuration names, or take it from the cache. ValueError if it cannot be."""
+    corpus = load_corpus(config.data.corpus, config.data.path, config.data.validation)
+    tokenizer = build_tokenizer(config.data.tokenizer, corpus.split("train"))
+    train, validation = (
+        prepare(corpus, split, tokenizer, config.data.cache) for split in ("train", "validation")
+    )
+    return Data(tokenizer, train, validation)
+
+
+def read_split(config: Config, tokenizer: Tokenizer, on: str | None, path: str | None) -> TokenDataset:
+    """The text to score: `corpus[:split]`, else the run's own validation split; tokenized as the run's text was.
+
+    path: the file of that corpus, by default the run's own if the corpus is. ValueError if it cannot be read.
+    """
+    name, _, split = (on or config.data.corpus).partition(":")
+    own = name == config.data.corpus and path is None
+    corpus = load_corpus(
+        name, config.data.path if own else path, config.data.validation if own else DEFAULT_VALIDATION
+    )
+    return prepare(corpus, split or "validation", tokenizer, config.data.cache)
+
+
+def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
+    """The configuration with model.vocab_size filled in from the tokenizer if it was left open."""
+    if config.model.vocab_size is not None:
+        return config
+    return replace(config, model=replace(config.model, vocab_size=tokenizer.vocab_size))
+
+
+def pick_device() -> torch.device:
+    """The GPU of this process if there is one, else the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def build_model(config: Config, device: torch.device) -> DecoderLM:
+    """The model with fresh weights drawn from run.seed, in float32."""
+    torch.manual_seed(config.run.seed)
+    model = DecoderLM(config.model).to(device)
+    model.activation_checkpointing = config.train.activation_checkpointing
+    return model
+
+
+def build_engine(config: Config, model: DecoderLM, device: torch.device) -> TorchEngine:
+    """The engine that trains `model`."""
+    return TorchEngine(
+        model,
+        build_optimizer(model, config.optimizer),
+        device=device,
+        dtype=config.train.dtype,
+        clip=config.train.clip,
+        compile=config.train.compile,
+    )
+
+
+def checkpoint_bytes(config: Config) -> int:
+    """Size of one checkpoint; no weights are made."""
+    with torch.device("meta"):
+        model = DecoderLM(config.model)
+        optimizer = build_optimizer(model, OptimizerConfig(kind=config.optimizer.kind))
+    return checkpoint.bytes_needed({"model": model.state_dict(), "optimizer": optimizer.state()})
+
+
+def check_data(config: Config) -> list[Problem]:
+    """Whatever is wrong with the text: missing, empty, too short, of more symbols than the model has."""
+    try:
+        data = build_data(config)
+    except ValueError as error:
+        return [_problem(error, "data.path")]
+    found = []
+    shortest = {"train": (data.train, config.data.seq_len + 1), "validation": (data.validation, 2)}
+    for split, (dataset, least) in shortest.items():
+        if len(dataset.tokens) < least:
+            found.append(
+                Problem(
+                    "",
+                    "data.seq_len" if split == "train" else "data.validation",
+                    f"the {split} split has {len(dataset.tokens)} tokens, at least {least} are needed; "
+                    "give more text or a shorter data.seq_len",
+                )
+            )
+    vocabulary = config.model.vocab_size
+    if vocabulary is not None and vocabulary < data.tokenizer.vocab_size:
+        found.append(
+            Problem(
+                "",
+                "model.vocab_size",
+                f"{vocabulary} is less than the {data.tokenizer.vocab_size} tokens of the tokenizer; "
+                "leave it out to take the tokenizer's",
+            )
+        )
+    return found
+
+
+def check_disk(config: Config) -> list[Problem]:
+    """Whether the checkpoints fit on the disk of run.dir."""
+    if config.model.vocab_size is None:
+        return []
+    try:
+        checkpoint.check_space(
+            run_folder(config) / "checkpoints", checkpoint_bytes(config), config.checkpoint.keep
+        )
+    except ValueError as error:
+        return [Problem("", "run.dir", str(error))]
+    return []
+
+
+def check_run_folder(config: Config) -> list[Problem]:
+    """Whether run.dir holds a run of another configuration: each setting that differs."""
+    folder = run_folder(config)
+    if not (folder / "config.yaml").is_file():
+        return []
+    hint = f"{folder} holds a run of another config; choose another run.dir"
+    return [
+        Problem("", key, f"was {old!r} when this run began, now {new!r}; {hint}")
+        for key, old, new in differences(reload(folder), config, FREE_TO_CHANGE)
+        if key != "model.vocab_size" or new is not None
+    ]
+
+
+def _problem(error: ValueError, key: str) -> Problem:
+    """A ValueError of the data as a problem; its text may begin with the key it blames."""
+    blamed, _, message = str(error).partition(": ")
+    if blamed.startswith("data."):
+        return Problem("", blamed, message)
+    return Problem("", key, str(error))

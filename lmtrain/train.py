@@ -1,0 +1,405 @@
+"""Training: steps, evaluations and checkpoints in their order, so that a killed run resumes to the same weights.
+
+At a step boundary the order is: row, evaluation, checkpoint. So whatever is older than a checkpoint is on the disk
+when it is, and what is newer is cut from metrics.jsonl when the run resumes from it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from attention.mixer import Context, parameter_count
+from data.loader import Batch, Loader
+from data.shards import TokenDataset
+from lmtrain import checkpoint, config as configuration, fault
+from lmtrain.board import Board
+from lmtrain.config import Config
+from lmtrain.evaluate import Evaluation, EvaluationStopped, evaluate
+from lmtrain.progress import Progress, step_line
+from lmtrain.run import RunDirectory
+from lmtrain.schedule import learning_rate
+from lmtrain.setup import FREE_TO_CHANGE, Data, build_data, build_engine, build_model, pick_device, run_folder, with_vocabulary
+from lmtrain.signals import StopRequest
+from parallel.engine import StepInfo
+
+DONE, USER_ERROR, GAVE_UP, STOPPED = 0, 2, 4, 75
+"""Exit codes of a training run; a last checkpoint that could not be written is a crash, 1."""
+
+
+def train(config: Config, *, resume: Path | None = None, fresh: bool = False) -> int:
+    """Train as `config` says, from the newest checkpoint of run.dir, from `resume`, or from the beginning.
+
+    resume: a checkpoint to start a new run from (a fork), or the newest one of run.dir itself. fresh: if run.dir
+    holds damaged checkpoints only, begin again beside them. Returns the exit code; ValueError is the user's.
+    """
+    with StopRequest() as stop, RunDirectory.open(run_folder(config)) as run:
+        try:
+            return Training(config, run, stop).go(resume, fresh)
+        except ValueError:
+            run.set_status("failed", step=run.status.step, reason="see log.txt")
+            raise
+        except BaseException as error:
+            run.set_status("failed", step=run.status.step, reason=f"{type(error).__name__}: {error}")
+            raise
+
+
+class Training:
+    """One process's work on a run: the parts, the counters, and what happens at each step boundary."""
+
+    def __init__(self, config: Config, run: RunDirectory, stop: StopRequest) -> None:
+        if config.train.threads:
+            torch.set_num_threads(config.train.threads)
+        self.run = run
+        self.stop = stop
+        self.progress = Progress(keep=run.log)
+        self.device = pick_device()
+        self.data: Data = build_data(config)
+        self.config = config = with_vocabulary(config, self.data.tokenizer)
+        self.model = build_model(config, self.device)
+        self.engine = build_engine(config, self.model, self.device)
+        self.loader = make_loader(config, self.data.train)
+        self.step = self.samples = self.tokens = self.skipped = self.skips_in_a_row = 0
+        self.saved_step = -1
+        self.parent: str | None = None
+        self.seconds = Stopwatch()
+        sequences = config.batch_sequences
+        self.step_flops = 3 * self.model.cost(config.data.seq_len).flops * sequences
+        self.board: Board | None = None
+
+    def go(self, resume: Path | None, fresh: bool) -> int:
+        """Resume or begin, train, and say how it ended."""
+        start = self._restore(resume, fresh)
+        if not (self.run.path / "config.yaml").exists():
+            configuration.save(self.config, self.run.path / "config.yaml")
+        if self.step >= self.config.train.steps:
+            return self._already_done()
+        self._introduce(start)
+        self.board = Board(self.run.tensorboard, self._complain, self.config.log.tensorboard, purge_step=self.step + 1)
+        try:
+            return self._train()
+        except EvaluationStopped:
+            return self._stopped()
+        finally:
+            self.board.close()
+
+    def _train(self) -> int:
+        with closing(self.loader.batches(self.samples)) as steps:
+            while self.step < self.config.train.steps:
+                if self.stop:
+                    return self._stopped()
+                info = self._one_step(next(steps))
+                if self.skips_in_a_row >= self.config.train.max_skips:
+                    return self._give_up(info)
+                self._after_step()
+        return self._finish()
+
+    def _one_step(self, batches: list[Batch]) -> StepInfo:
+        """Forward and backward over the micro-batches, one update, counters, and its row if it is logged."""
+        with self.seconds:
+            scored = sum(int((batch.labels >= 0).sum()) for batch in batches)
+            for micro, batch in enumerate(batches):
+                ctx = Context(
+                    positions=_to(batch.positions, self.device), document_ends=_to(batch.document_ends, self.device)
+                )
+                seed = _seed(self.config.run.seed, self.step, micro)
+                self.engine.backward(self.engine.forward_loss(batch.tokens, batch.labels, ctx, scored, seed))
+            fault.before_update(self.step + 1, self.model.parameters())
+            info = self.engine.step(learning_rate(self.step, self.config.train.steps, self.config.optimizer))
+        self.step += 1
+        self.samples += self.config.batch_sequences
+        self.tokens += self.config.train.batch_tokens
+        self.skips_in_a_row = self.skips_in_a_row + 1 if info.skipped else 0
+        self.skipped += info.skipped
+        if info.skipped:
+            self.run.event("skip", step=self.step, loss=info.loss, grad_norm=info.grad_norm)
+        self._log(info, sum(batch.crc for batch in batches) % 2**32)
+        return info
+
+    def _after_step(self) -> None:
+        last = self.step == self.config.train.steps
+        if last or (self.config.eval.every and self.step % self.config.eval.every == 0):
+            self._evaluate()
+        if last or self.step % self.config.checkpoint.every == 0:
+            self._save()
+
+    def _log(self, info: StepInfo, crc: int) -> None:
+        every = self.config.log.every
+        logged = self.step % every == 0 or self.step in (1, self.config.train.steps) or info.skipped
+        steps_timed, seconds = self.seconds.laps, self.seconds.total
+        row = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "loss": info.loss,
+            "lr": info.lr,
+            "grad_norm": info.grad_norm,
+            "tokens_per_second": self.config.train.batch_tokens * steps_timed / seconds,
+            "skipped": self.skipped,
+            "batch": crc,
+        }
+        if info.auxiliary:
+            row["auxiliary"] = info.auxiliary
+        speed = steps_timed / seconds
+        bpb = bits_per_byte(info.loss, self.data.train)
+        line = step_line(
+            row,
+            steps=self.config.train.steps,
+            bits_per_byte=bpb,
+            flops=self.step_flops * speed,
+            memory=peak_memory(self.device),
+            eta=(self.config.train.steps - self.step) / speed,
+        )
+        self.progress.update(line, logged)
+        if not logged:
+            return
+        self.run.log_metrics(row)
+        train_scalars = {f"train/{key}": float(row[key]) for key in ("loss", "lr", "grad_norm", "tokens", "skipped")}
+        perf = {"perf/tokens_per_second": row["tokens_per_second"], "perf/memory": float(peak_memory(self.device))}
+        self._scalars({**train_scalars, "train/bpb": bpb, **perf})
+        self.seconds.reset()
+
+    def _evaluate(self) -> Evaluation:
+        """Score the beginning of the validation split; the row and the board get the numbers."""
+        self.model.eval()
+        result = evaluate(
+            self.model,
+            self.data.validation,
+            context=self.config.eval_context,
+            stride=self.config.eval_stride,
+            max_tokens=self.config.eval.tokens,
+            documents=self.config.data.documents,
+            autocast=self.engine.autocast,
+            should_stop=lambda: bool(self.stop),
+        )
+        self.model.train()
+        protocol = result.protocol
+        row = {"step": self.step, "tokens": self.tokens, "split": protocol.split, "loss": result.loss}
+        row |= {"bits_per_byte": result.bits_per_byte, "scored_tokens": result.scored_tokens}
+        row |= {"context": protocol.context, "stride": protocol.stride, "scoring": protocol.scoring}
+        self.run.log_metrics(row)
+        self._scalars({f"eval/{protocol.corpus}/loss": result.loss, f"eval/{protocol.corpus}/bpb": result.bits_per_byte})
+        self.progress.note(
+            f"step {self.step}: validation loss {result.loss:.4f}, {result.bits_per_byte:.4f} bits per byte "
+            f"({result.scored_tokens:,} tokens of {protocol.corpus}, {protocol.scoring}, context {protocol.context}, "
+            f"stride {protocol.stride})"
+        )
+        return result
+
+    def _save(self) -> bool:
+        """Write a checkpoint; if the disk refuses, say so and go on: the next one is tried at its time."""
+        state = {
+            "step": self.step,
+            "samples": self.samples,
+            "tokens": self.tokens,
+            "skipped": self.skipped,
+            "skips_in_a_row": self.skips_in_a_row,
+            "seq_len": self.config.data.seq_len,
+            "fingerprint": self.data.train.fingerprint,
+            "tokenizer": self.data.tokenizer.to_json(),
+            "parent": self.parent,
+        }
+        try:
+            path = checkpoint.save(
+                self.run.checkpoints,
+                self.step,
+                self.engine.state(),
+                state,
+                config=config_hash(self.config),
+                dataset=self.data.train.fingerprint,
+            )
+        except checkpoint.CheckpointError as error:
+            self.run.event("save failed", step=self.step, reason=str(error))
+            self._complain(f"no checkpoint at step {self.step}: {error}")
+            return False
+        self.saved_step = self.step
+        self.run.event("save", step=self.step, path=path.name)
+        self.run.set_status("running", step=self.step, checkpoint=path)
+        checkpoint.retain(self.run.checkpoints, self.config.checkpoint.keep)
+        return True
+
+    def _restore(self, resume: Path | None, fresh: bool) -> str:
+        """Load the checkpoint to go on from, and say where that is; ValueError if the one asked for will not do."""
+        newest, rejected = checkpoint.newest(self.run.checkpoints)
+        for path, reason in rejected:
+            self.run.event("damaged", path=path.name, reason=reason)
+            self._complain(f"checkpoint {path.name} is damaged and is not used: {reason}")
+        if resume is not None:
+            return self._restore_from(resume.expanduser(), newest)
+        if newest is None and rejected and not fresh:
+            raise ValueError(
+                f"no checkpoint of {self.run.path} can be used; to begin again from step 0 beside them: --fresh"
+            )
+        if newest is None:
+            self.run.truncate_metrics(0)
+            return "from the beginning"
+        self._load(checkpoint.load(newest))
+        self.saved_step = self.step
+        return f"resumed at step {self.step} from {newest.name}"
+
+    def _restore_from(self, resume: Path, newest: Path | None) -> str:
+        loaded = checkpoint.load(resume)
+        own = resume.resolve().parent == self.run.checkpoints.resolve()
+        if newest is not None and not (own and resume.resolve() == newest.resolve()):
+            raise ValueError(
+                f"--resume {resume}: {self.run.path} already has {newest.name}; to start another run from a "
+                "checkpoint choose a new run.dir"
+            )
+        self._load(loaded)
+        if own:
+            self.saved_step = self.step
+        else:
+            self.parent = str(resume)
+            self.run.event("fork", parent=self.parent, step=self.step)
+        return f"{'resumed' if own else 'forked'} at step {self.step} from {resume}"
+
+    def _load(self, loaded: checkpoint.Checkpoint) -> None:
+        state = loaded.state
+        expected = {"data": self.data.train.fingerprint, "data.seq_len": self.config.data.seq_len}
+        found = {"data": state["fingerprint"], "data.seq_len": state["seq_len"]}
+        changed = [f"{key} was {found[key]}, now {expected[key]}" for key in expected if found[key] != expected[key]]
+        if changed:
+            raise ValueError(f"checkpoint {loaded.path} belongs to other data: {'; '.join(changed)}")
+        try:
+            self.engine.load_state(loaded.tensors)
+        except ValueError as error:
+            raise ValueError(f"checkpoint {loaded.path}: {error}") from None
+        self.step, self.samples, self.tokens = state["step"], state["samples"], state["tokens"]
+        self.skipped, self.skips_in_a_row = state["skipped"], state["skips_in_a_row"]
+        self.parent = state["parent"]
+        cut = self.run.truncate_metrics(self.step)
+        if cut:
+            self.run.event("cut rows", beyond=self.step, rows=cut)
+
+    def _introduce(self, start: str) -> None:
+        model, config = self.config.model, self.config
+        text = self.data.train
+        self.progress.note(
+            f"{self.run.path.name}: {model.layers} layers of {model.pattern!r}, "
+            f"{parameter_count(self.model):,} parameters, {self.device.type}"
+            + (f" with {torch.get_num_threads()} threads" if self.device.type == "cpu" else "")
+        )
+        self.progress.note(
+            f"{text.corpus}: {len(text.tokens):,} training tokens ({self.data.tokenizer.name}), "
+            f"{config.batch_sequences} sequences of {config.data.seq_len} per step, {config.train.steps} steps, {start}"
+        )
+
+    def _already_done(self) -> int:
+        self.run.set_status("done", step=self.step)
+        self.progress.note(f"{self.run.path} is finished: {self.step} steps; nothing to do")
+        return DONE
+
+    def _finish(self) -> int:
+        folder = self.run.path
+        if self.saved_step != self.step:
+            self.run.set_status("failed", step=self.step, reason="the last checkpoint could not be written")
+            return 1
+        self.run.set_status("done", step=self.step)
+        self.progress.note(f"done: {folder}/checkpoints/step-{self.step}; next: lmtrain eval {folder}")
+        return DONE
+
+    def _stopped(self) -> int:
+        if self.saved_step != self.step and not self._save():
+            self.run.set_status("failed", step=self.step, reason="the last checkpoint could not be written")
+            return 1
+        reason = self.stop.reason or ""
+        self.run.set_status("stopped", step=self.step, reason=reason)
+        self.progress.note(f"stopped by {reason} at step {self.step}, saved; the same command goes on from here")
+        return STOPPED
+
+    def _give_up(self, info: StepInfo) -> int:
+        reason = (
+            f"{self.skips_in_a_row} updates in a row were not finite (loss {info.loss}, gradient norm "
+            f"{info.grad_norm}) and were skipped; try a lower optimizer.lr or another run.seed"
+        )
+        self.run.set_status("failed", step=self.step, reason=reason)
+        self.run.event("gave up", step=self.step, reason=reason)
+        self.progress.note(f"gave up at step {self.step}: {reason}")
+        return GAVE_UP
+
+    def _scalars(self, values: dict[str, float]) -> None:
+        assert self.board is not None
+        self.board.scalars(values, self.step)
+
+    def _complain(self, line: str) -> None:
+        self.progress.note(f"warning: {line}")
+
+
+class Stopwatch:
+    """Seconds spent inside `with`, and how often."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Back to zero."""
+        self.total, self.laps = 0.0, 0
+
+    def __enter__(self) -> None:
+        self._begin = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.total += time.perf_counter() - self._begin
+        self.laps += 1
+
+
+def make_loader(config: Config, dataset: TokenDataset) -> Loader:
+    """The batches of `dataset` in the order that run.seed gives them."""
+    return Loader(
+        dataset,
+        seq_len=config.data.seq_len,
+        batch_sequences=config.batch_sequences,
+        micro_batch=config.micro_batch(),
+        seed=config.run.seed,
+        documents=config.data.documents,
+    )
+
+
+def config_hash(config: Config) -> str:
+    """sha256 of the settings that decide what is learnt."""
+    kept = {key: value for key, value in flat(configuration.to_dict(config)) if not _free(key)}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested dictionaries as (dotted key, value)."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _free(key: str) -> bool:
+    return any(f"{key}.".startswith(f"{prefix}.") for prefix in FREE_TO_CHANGE)
+
+
+def bits_per_byte(loss: float, dataset: TokenDataset) -> float:
+    """Loss in nats per token as bits per byte, by the split's mean bytes per token."""
+    return loss / math.log(2) * len(dataset.tokens) / dataset.bytes
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that this process has held (GPU: that torch has allocated there)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _to(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    return None if tensor is None else tensor.to(device)
+
+
+def _seed(seed: int, step: int, micro: int) -> int:
+    """Dropout's seed, from (seed, step, micro-batch) alone: no random state has to survive a restart."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{step}/{micro}".encode(), digest_size=8).digest()) >> 1
