@@ -1,7 +1,7 @@
-"""What was written, and where: YAML and `key=value` become one tree of text, in which `${...}` is filled in.
+"""What was written, and where: YAML and `key=value` become one tree of text; `${...}` is filled in.
 
-Nothing is converted here. YAML 1.1 would read `010` as 8, `12:30:00` as 45000 and `on` as true before the type
-of the setting is known, so scalars stay text until `lmtrain.config_values` reads them by that type.
+Nothing is converted here. YAML 1.1 would read `010` as 8, `12:30:00` as 45000 and `on` as true before the
+type of the setting is known, so scalars stay text until `lmtrain.config_values` reads them by that type.
 """
 
 from __future__ import annotations
@@ -111,7 +111,8 @@ def _tree(node: yaml.Node, key: str, where: Callable[[yaml.Node], str], problems
             problems.append(Problem(where(name), key or "the file", "has a key that is not a word"))
         elif name.value in entries:
             first = entries[name.value].where
-            problems.append(Problem(where(name), child_key, f"written twice; the first is {first}"))
+            also = "" if first == where(name) else f", first at {first}"
+            problems.append(Problem(where(name), child_key, f"written twice{also}"))
         else:
             entries[name.value] = Node(_tree(value, child_key, where, problems).value, where(name))
     return Node(entries, where(node))

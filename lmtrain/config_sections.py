@@ -1,4 +1,4 @@
-"""The tree of text becomes sections and mixers; what does not fit the schema is noted, and nothing is raised."""
+"""The tree of text becomes sections and mixers; what does not fit the schema is noted, nothing raised."""
 
 from __future__ import annotations
 

@@ -16,7 +16,8 @@ from lmtrain.config_reader import Node, read_flow
 
 _NUMBER = re.compile(r"[+-]?(\d+(_\d+)*(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _LEADING_ZERO = re.compile(r"[+-]?0[\d_]+", re.ASCII)
-_LARGEST = 2**63
+WHOLE_NUMBERS_BELOW = 2**31
+"""No setting needs more; a length or count beyond is a slip, and int32 would not hold it."""
 
 
 @functools.cache
@@ -63,7 +64,9 @@ def range_in_words(setting: dataclasses.Field[Any]) -> str:
 def in_words(hint: Any) -> str:
     """A type as a person would say it, for the types of our own schema too."""
     if typing.get_origin(hint) is tuple:
-        return f"a list of {len(typing.get_args(hint))} numbers"
+        return f"a list of {len(typing.get_args(hint))} numbers, each"
+    if typing.get_origin(hint) is dict:
+        return "a mapping"
     return type_in_words(hint)
 
 
@@ -81,7 +84,7 @@ def _within(limits: Any, number: float) -> bool:
 def _read_tuple(node: Node, hints: tuple[Any, ...]) -> tuple[Any, ...]:
     items = (read_flow(node.value) if isinstance(node.value, str) else node).value
     if not isinstance(items, list) or len(items) != len(hints):
-        raise ValueError(f"must be a list of {len(hints)} numbers")
+        raise ValueError(f"must be a list of {len(hints)} numbers, [a, b]")
     return tuple(read_value(item, hint) for item, hint in zip(items, hints, strict=True))
 
 
@@ -107,8 +110,8 @@ def _read_number(text: str, kind: str) -> Decimal:
 
 def _read_int(text: str) -> int:
     number = _read_number(text, "a whole number")
-    if number.adjusted() > 30 or abs(number) >= _LARGEST:
-        raise ValueError("must be a whole number below 2^63")
+    if number.adjusted() > 30 or abs(number) >= WHOLE_NUMBERS_BELOW:
+        raise ValueError("must be a whole number below 2^31")
     if number.adjusted() < -30 or number != number.to_integral_value():
         raise ValueError("must be a whole number")
     return int(number)

@@ -1,0 +1,20 @@
+"""docs/config.md says what the schema says."""
+
+from pathlib import Path
+
+from lmtrain.config_reference import reference
+from lmtrain.config_schema import SECTIONS
+
+PAGE = Path(__file__).parents[2] / "docs" / "config.md"
+
+
+def test_the_page_is_fresh() -> None:
+    assert PAGE.read_text(encoding="utf-8") == reference(), (
+        "write it again: python -m lmtrain.config_reference > docs/config.md"
+    )
+
+
+def test_every_setting_has_a_meaning() -> None:
+    for name, section in SECTIONS.items():
+        for field in section.__dataclass_fields__.values():
+            assert field.metadata["meaning"], f"{name}.{field.name}"
