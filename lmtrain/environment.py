@@ -39,7 +39,7 @@ def describe() -> dict[str, Any]:
         "folder": os.getcwd(),
         "python": platform.python_version(),
         "versions": {name: found for name in PACKAGES if (found := package_version(name))},
-        "git": _git(Path(__file__).resolve().parent),
+        "git": _git(Path(__file__).resolve()),
         "hardware": _hardware(),
         "threads": torch.get_num_threads(),
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
@@ -77,14 +77,12 @@ def _processor() -> str:
     )
 
 
-def _git(folder: Path) -> dict[str, Any] | None:
-    """Commit and dirty flag of the checkout that tracks this file: an installed copy may lie in somebody
-    else's.
-    """
-    if _run_git(folder, "ls-files", "--error-unmatch", Path(__file__).name) is None:
+def _git(file: Path) -> dict[str, Any] | None:
+    """Commit and dirty flag of the checkout that tracks `file`; an installed copy may lie in another's."""
+    if _run_git(file.parent, "ls-files", "--error-unmatch", file.name) is None:
         return None
-    commit, changes = _run_git(folder, "rev-parse", "HEAD"), _run_git(folder, "status", "--porcelain", "-uno")
-    return {"commit": commit, "dirty": bool(changes)}
+    changes = _run_git(file.parent, "status", "--porcelain", "--untracked-files=no")
+    return {"commit": _run_git(file.parent, "rev-parse", "HEAD"), "dirty": changes != ""}
 
 
 def _run_git(folder: Path, *arguments: str) -> str | None:

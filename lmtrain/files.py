@@ -50,7 +50,7 @@ def replace_bytes(path: Path, content: bytes) -> None:
 
 
 class HashingWriter:
-    """A new file of a checkpoint, durable when its `with` ends; `bytes` and `sha256()` of what was written."""
+    """A new file of a checkpoint, durable when its `with` ends; `bytes` and `sha256()` of what it holds."""
 
     def __init__(self, path: Path) -> None:
         self.bytes = 0

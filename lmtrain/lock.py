@@ -80,9 +80,8 @@ class Lock:
             raise ValueError(f"in use by {_describe(Holder.read(path))}") from None
         except OSError as error:
             if (holder := Holder.read(path)) and holder.alive():
-                raise ValueError(
-                    f"in use by {holder} ({error.strerror}); if that ended, remove {path}"
-                ) from None
+                hint = f"if that has ended, remove {path}"
+                raise ValueError(f"in use by {holder}; {hint} ({error.strerror})") from None
         holder = Holder.read(path)
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, json.dumps(asdict(Holder.of(os.getpid()))).encode(), 0)
@@ -105,6 +104,6 @@ def _start_time(pid: int) -> str:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return ""
-    # proc(5): state is field 3 and start time, in ticks since boot, field 22; field 2, a name, may hold blanks
+    # proc(5): field 2 is a name that may hold blanks, 3 the state, 22 the start in ticks since boot
     fields = stat.rpartition(")")[2].split()
     return "" if fields[0] in "ZX" else f"{boot}:{fields[19]}"

@@ -52,7 +52,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     content = {"format": FORMAT, **asdict(manifest)}
     content["checksum"] = _checksum(content)
     with HashingWriter(folder / NAME) as writer:
-        writer.write((json.dumps(content, indent=1) + "\n").encode())
+        writer.write(_text(content))
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -62,7 +62,7 @@ def read_manifest(folder: Path) -> Manifest:
     with _blaming(NAME), HashingReader(folder / NAME) as reader:
         if reader.size > MAX_BYTES:
             raise ValueError(f"{reader.size} bytes are too many")
-        return _parse(json.loads(reader.read(reader.size)))
+        return _parse(reader.read(reader.size))
 
 
 def verify(folder: Path) -> list[str]:
@@ -116,12 +116,17 @@ def _blaming(name: str) -> Iterator[None]:
         raise ValueError(f"{name}: {error}") from None
 
 
-def _parse(content: Any) -> Manifest:
+def _text(content: Any) -> bytes:
+    return (json.dumps(content, indent=1) + "\n").encode()
+
+
+def _parse(text: bytes) -> Manifest:
+    content = json.loads(text)
     if not isinstance(content, dict) or "checksum" not in content:
         raise ValueError("not a manifest")
     if content.get("format") != FORMAT:
         raise ValueError(f"format {content.get('format')!r}; this version reads format {FORMAT}")
-    if content["checksum"] != _checksum(content):
+    if content["checksum"] != _checksum(content) or text != _text(content):  # not a blank may differ
         raise ValueError("its checksum does not fit its content: the file changed after it was written")
     try:
         files = {
@@ -136,7 +141,7 @@ def _parse(content: Any) -> Manifest:
             world=int(content["world"]),
             versions=content["versions"],
         )
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"malformed: {error!r}") from None
     if STATE not in files:
         raise ValueError(f"it lists no {STATE}")

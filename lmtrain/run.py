@@ -129,7 +129,7 @@ class RunDirectory:
             logger.warning("%s: the status %s was not written: %s", self.path, state, error)
 
     def log_metrics(self, row: Row) -> None:
-        """Appends a row, which has a `step`, to `metrics.jsonl`; null stands for a number that is not finite."""
+        """Appends a row, which has a `step`, to `metrics.jsonl`; what is not finite is written as null."""
         assert isinstance(row.get("step"), int), row
         self._metrics.append(row)
 

@@ -32,13 +32,16 @@ def candidates(folder: Path) -> list[Path]:
 
 def newest(folder: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
     """The newest checkpoint of which every byte verifies, and each newer one with its files and reasons."""
+    folder = Path(folder)
+    found = candidates(folder)
     rejected: list[tuple[Path, str]] = []
-    for path in candidates(Path(folder)):
+    for path in found:
         problems = verify(path)
         if not problems:
             return path, rejected
         rejected.append((path, "; ".join(problems)))
-    return None, rejected
+    # a run at work may have saved one and removed another while we read
+    return newest(folder) if candidates(folder) != found else (None, rejected)
 
 
 def retain(folder: Path, keep: int, protected: Collection[Path] = ()) -> list[Path]:

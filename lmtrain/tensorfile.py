@@ -14,7 +14,7 @@ import json
 import math
 import struct
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,8 +60,8 @@ def read_tensors(reader: HashingReader) -> dict[str, Tensor]:
     """
     entries, tied = _parse(*_read_header(reader))
     tensors = {}
-    for name, dtype, shape, size in entries:
-        data = torch.empty(size, dtype=torch.uint8)
+    for begin, end, name, dtype, shape in entries:
+        data = torch.empty(end - begin, dtype=torch.uint8)
         reader.read_into(data.numpy().data)
         tensors[name] = data.view(dtype).reshape(shape)
     return tensors | {alias: tensors[name] for alias, name in tied.items()}
@@ -113,34 +113,34 @@ def _read_header(reader: HashingReader) -> tuple[dict[str, Any], int]:
     return header, reader.size - 8 - length
 
 
-_Entry = tuple[str, torch.dtype, list[int], int]
+class _Entry(NamedTuple):
+    begin: int  # of its bytes, after the header
+    end: int
+    name: str
+    dtype: torch.dtype
+    shape: list[int]
 
 
 def _parse(header: dict[str, Any], data_bytes: int) -> tuple[list[_Entry], dict[str, str]]:
-    """(name, dtype, shape, bytes) in the order of the bytes, and the tied names: alias -> name."""
+    """The tensors in the order of their bytes, and the tied names: alias -> name."""
     try:
-        metadata = header.pop("__metadata__", {})
-        tied = {str(alias): str(name) for alias, name in json.loads(metadata.get("tied", "{}")).items()}
-        spans = sorted(
-            (int(begin), int(end), name)
-            for name, entry in header.items()
-            for begin, end in [entry["data_offsets"]]
-        )
+        tied = json.loads(header.pop("__metadata__", {}).get("tied", "{}"))
+        ties_fit = set(tied.values()) <= set(header) and set(tied).isdisjoint(header)
         entries = []
-        position = 0
-        for begin, end, name in spans:
-            dtype, shape = DTYPES[header[name]["dtype"]], [int(size) for size in header[name]["shape"]]
-            exact = min(shape, default=0) >= 0 and end - begin == math.prod(shape) * dtype.itemsize
-            if begin != position or not exact:
-                raise ValueError(
-                    f"tensor {name!r}: its bytes {begin}..{end} do not fit its shape or its neighbours"
-                )
-            entries.append((name, dtype, shape, end - begin))
-            position = end
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        for name, fields in header.items():
+            begin, end = fields["data_offsets"]
+            entries.append(_Entry(begin, end, name, DTYPES[fields["dtype"]], list(fields["shape"])))
+        entries.sort()
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"the header is malformed: {error!r}") from None
+    if not ties_fit:
+        raise ValueError("the header ties a name to no tensor")
+    position = 0
+    for begin, end, name, dtype, shape in entries:
+        sizes_fit = all(type(size) is int and 0 <= size < 2**63 for size in (begin, end, *shape))
+        if not sizes_fit or begin != position or end - begin != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"tensor {name!r} of shape {shape} cannot have the bytes {begin} to {end}")
+        position = end
     if position != data_bytes:
         raise ValueError(f"the header describes {position} bytes of tensors, the file has {data_bytes}")
-    if not (set(tied.values()) <= set(header) and set(tied).isdisjoint(header)):
-        raise ValueError("the header ties a name to no tensor")
     return entries, tied

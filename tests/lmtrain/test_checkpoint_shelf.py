@@ -1,0 +1,110 @@
+"""Which checkpoints of a folder stay, which go, and whether there is room for them."""
+
+import shutil
+
+import pytest
+import torch
+
+from lmtrain.checkpoint import check_space, clean, newest, retain, save
+
+
+def save_steps(folder, *steps):
+    for step in steps:
+        save(folder, step, {"model": {"weight": torch.zeros(10)}}, {})
+
+
+def names(folder):
+    return sorted(path.name for path in folder.glob("step-*"))
+
+
+def test_the_newest_stay(tmp_path):
+    save_steps(tmp_path, 2, 9, 10, 100)
+    assert retain(tmp_path, 2) == [tmp_path / "step-9", tmp_path / "step-2"]
+    assert names(tmp_path) == ["step-10", "step-100"]
+    assert retain(tmp_path, 2) == retain(tmp_path, 3) == []
+
+
+def test_the_protected_stay(tmp_path):
+    save_steps(tmp_path, 1, 2, 3, 4)
+    (tmp_path / "link").symlink_to(tmp_path, target_is_directory=True)
+    assert retain(tmp_path, 1, protected=[tmp_path / "step-2", tmp_path / "link" / "step-3"]) == [
+        tmp_path / "step-1"
+    ]
+    assert names(tmp_path) == ["step-2", "step-3", "step-4"]
+
+
+def test_only_those_that_verify_count(tmp_path):
+    save_steps(tmp_path, 1, 2, 3, 4, 5)
+    for step in (5, 3):
+        (tmp_path / f"step-{step}" / "state.json").unlink()
+    assert retain(tmp_path, 2) == [tmp_path / "step-1"]
+    assert names(tmp_path) == ["step-2", "step-3", "step-4", "step-5"]
+    save_steps(tmp_path, 6)
+    assert retain(tmp_path, 2) == [tmp_path / "step-3", tmp_path / "step-2"]
+
+
+def test_nothing_goes_while_too_few_verify(tmp_path):
+    save_steps(tmp_path, 1, 2, 3)
+    for step in (1, 2, 3):
+        (tmp_path / f"step-{step}" / "manifest.json").write_text("")
+    assert retain(tmp_path, 1) == []
+    assert names(tmp_path) == ["step-1", "step-2", "step-3"]
+
+
+def test_those_set_aside_go_with_their_age(tmp_path):
+    save_steps(tmp_path, 1, 1, 2, 2)
+    assert len(names(tmp_path)) == 4
+    retain(tmp_path, 1)
+    assert [name.partition(".damaged-")[0] for name in names(tmp_path)] == ["step-2", "step-2"]
+
+
+def test_cleaning_takes_only_what_crashes_leave(tmp_path):
+    save_steps(tmp_path, 1)
+    kept = [
+        "step-1",
+        "step-2.damaged-0a1b2c3d",
+        "step-3.tmp-mine",
+        "step-x.tmp-0a1b2c3d",
+        "best",
+        "my.tmp-0a1b2c3d",
+    ]
+    gone = ["latest.tmp-0a1b2c3d", "step-2.tmp-0a1b2c3d", "step-30.trash-0a1b2c3d"]
+    for name in (*kept[1:], *gone):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("")
+    shutil.rmtree(tmp_path / gone[0])
+    (tmp_path / gone[0]).write_text("step-1")
+    assert [path.name for path in clean(tmp_path)] == gone
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, "latest"])
+    assert clean(tmp_path / "nowhere") == []
+
+
+def test_cleaning_follows_no_link(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "file").write_text("precious")
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "step-2.tmp-0a1b2c3d").symlink_to(tmp_path / "elsewhere")
+    clean(tmp_path / "checkpoints")
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+    assert (tmp_path / "elsewhere" / "file").read_text() == "precious"
+
+
+def test_room_for_those_kept_and_one_more(tmp_path, monkeypatch):
+    save_steps(tmp_path, 1)
+    size = sum(file.stat().st_size for file in (tmp_path / "step-1").iterdir())
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=4 * 1000 - size))
+    check_space(tmp_path, 1000, keep=3)  # what the present one takes counts as room
+    with pytest.raises(
+        ValueError, match=r"disk too small for the checkpoints: .* 1,001 bytes each, 4,004 bytes"
+    ):
+        check_space(tmp_path, 1001, keep=3)
+    with pytest.raises(ValueError, match="disk too small"):
+        check_space(tmp_path / "not" / "there" / "yet", 1000, keep=3)
+
+
+def test_room_on_the_real_disk(tmp_path):
+    check_space(tmp_path / "not yet there", 1000, keep=3)
+    with pytest.raises(ValueError, match="GB each"):
+        check_space(tmp_path, 10**18, keep=1)
+    assert newest(tmp_path) == (None, [])

@@ -1,0 +1,60 @@
+"""Faults are injected where they were asked for, and nowhere else."""
+
+import os
+import signal
+
+import pytest
+import torch
+
+from lmtrain import fault
+
+
+def parameters():
+    tensors = [torch.zeros(2, requires_grad=True), torch.zeros(3, requires_grad=True)]
+    tensors[0].grad = torch.ones(2)
+    return tensors
+
+
+@pytest.mark.parametrize(
+    "text", ["save", "save:bytes=x", "save:before=dawn", "step=7", "step=7:grad=inf", "step=-1:kill"]
+)
+def test_an_unknown_fault_is_refused_by_name(monkeypatch, text):
+    monkeypatch.setenv("LMTRAIN_FAULT", f"step=3:kill,{text}")
+    with pytest.raises(ValueError, match=f"LMTRAIN_FAULT: '{text}'"):
+        fault.before("commit")
+
+
+@pytest.mark.parametrize("text", [None, "", "step=8:grad=nan", "save:before=commit"])
+def test_a_step_without_a_fault_is_untouched(monkeypatch, text):
+    if text is None:
+        monkeypatch.delenv("LMTRAIN_FAULT", raising=False)
+    else:
+        monkeypatch.setenv("LMTRAIN_FAULT", text)
+    tensors = parameters()
+    fault.before_update(7, tensors)
+    assert torch.equal(tensors[0].grad, torch.ones(2))
+
+
+def test_gradients_become_nan_at_the_listed_steps(monkeypatch):
+    monkeypatch.setenv("LMTRAIN_FAULT", "step=7:grad=nan, step=9:grad=nan")
+    poisoned = []
+    for step in range(12):
+        tensors = parameters()
+        fault.before_update(step, tensors)
+        poisoned.append(tensors[0].grad.isnan().all().item())
+        assert tensors[1].grad is None
+    assert [step for step, is_poisoned in enumerate(poisoned) if is_poisoned] == [7, 9]
+
+
+def test_kill_ends_the_process_at_its_step(monkeypatch):
+    monkeypatch.setenv("LMTRAIN_FAULT", "step=3:kill")
+    out, into = os.pipe()
+    child = os.fork()
+    if child == 0:
+        for step in range(3):
+            fault.before_update(step, [])
+        os.write(into, b"alive")
+        fault.before_update(3, [])
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert os.read(out, 10) == b"alive"
