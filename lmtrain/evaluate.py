@@ -1,0 +1,298 @@
+"""Scoring a text: in windows of bounded context, prefix by prefix, or with the mixers' states carried along.
+
+Whatever the protocol, every target is scored exactly once: all tokens but the first of the stream (of each
+document, if documents are isolated), since there is no start token to predict it from. Losses are nats,
+summed in float64. B windows of one batch are scored at once, S targets of each: its last ones.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from data.dataset import TokenDataset
+from data.windows import Window, windows
+from lmtrain.evaluation import Bucket, Evaluation, Leak, Protocol, format_result, write_result
+from lmtrain.loss import token_losses
+from lmtrain.model import DecoderLM, ModelState
+
+__all__ = ["Evaluation", "EvaluationStopped", "evaluate", "evaluate_carried", "format_result", "write_result"]
+
+BUCKET_EDGES = 64 << np.arange(32)
+PREFIXES = 512
+SAMPLE_SEED = 0
+
+Autocast = Callable[[], AbstractContextManager[Any]]
+ShouldStop = Callable[[], bool]
+Spans = list[tuple[int, int]]
+
+
+class EvaluationStopped(Exception):  # noqa: N818 - what was asked for is no error
+    """`should_stop` said yes; there is no result."""
+
+
+def evaluate(
+    model: DecoderLM,
+    dataset: TokenDataset,
+    *,
+    context: int,
+    stride: int,
+    documents: str = "concatenate",
+    max_tokens: int | None = None,
+    batch_tokens: int = 16384,
+    autocast: Autocast = nullcontext,
+    should_stop: ShouldStop | None = None,
+) -> Evaluation:
+    """Scores the split in windows of at most `context` tokens that end every `stride` (`data.windows`).
+
+    documents: `concatenate`, or `reset`: no window crosses the border of a document. max_tokens: only the
+    first so many targets. batch_tokens: of one forward pass, at most (but one window at least); it changes
+    no number. should_stop: asked between batches; EvaluationStopped if it says yes.
+
+    The single pass of a model that selects ahead is no code length: such a model is scored prefix by prefix,
+    at PREFIXES sampled targets (`_prefix_wise`). ValueError if nothing can be scored or the protocol is
+    impossible.
+    """
+    spans = _spans(model, dataset, documents, max_tokens)
+    strict = model.causality == "strict"
+    scoring = "one-pass" if strict else "prefix-wise"
+    protocol = _protocol(model, dataset, documents, spans, scoring=scoring, context=context, stride=stride)
+    score = partial(_score, model, dataset, batch_tokens=batch_tokens, should_stop=should_stop)
+    tally, sample = Tally(dataset), Sample(0 if strict else PREFIXES, _num_targets(spans))
+    with _evaluating(model), autocast():
+        for scored in score(_windows(spans, context, stride)):
+            tally.add(scored)
+            sample.add(scored)
+        one_pass = tally.result(protocol)
+        return one_pass if strict else _prefix_wise(one_pass, sample, score, Tally(dataset))
+
+
+def evaluate_carried(
+    model: DecoderLM,
+    dataset: TokenDataset,
+    *,
+    seq_len: int,
+    carry: int | None = None,
+    documents: str = "concatenate",
+    max_tokens: int | None = None,
+    autocast: Autocast = nullcontext,
+    should_stop: ShouldStop | None = None,
+) -> Evaluation:
+    """Scores the split in segments of `seq_len` tokens with the state carried on: nothing is read twice.
+
+    carry: besides its mixer's own rule no key outlives so many tokens (default 4 segments), which bounds the
+    state of every mixer. `reset`: each document begins with an empty state. The rest is as in `evaluate`.
+
+    ValueError for a model that selects ahead, since it sees to the end of the segment, and for one with a
+    table of positions, which the stream would run out of.
+    """
+    carry = 4 * seq_len if carry is None else carry
+    if seq_len < 1 or carry < 1:
+        raise ValueError(f"--carry: a segment and a key's life last 1 token at least, not {seq_len}, {carry}")
+    if model.causality != "strict":
+        raise ValueError("--carry: the model selects ahead within each segment; evaluate it without --carry")
+    if model.positions is not None:
+        raise ValueError("--carry: a stream runs out of model.learned_positions; evaluate without --carry")
+    spans = _spans(model, dataset, documents, max_tokens)
+    tally = Tally(dataset)
+    with _evaluating(model), autocast():
+        for start, stop in spans:
+            state = model.init_state(1, limit=carry)
+            for first in range(start, stop - 1, seq_len):
+                _poll(should_stop)
+                segment = Window(first, min(first + seq_len, stop - 1), first + 1)
+                tally.add(_score_batch(model, dataset, [segment], state), seen=first - start + 1)
+    return tally.result(_protocol(model, dataset, documents, spans, scoring="carried", carry=carry))
+
+
+class Scored(NamedTuple):
+    """Windows of equal shape, the token ids [B, S] of their targets, and losses [B, S] in nats, float64."""
+
+    windows: list[Window]
+    targets: np.ndarray
+    losses: np.ndarray
+
+
+class Tally:
+    """Sums over the scored targets, by the number of tokens they saw."""
+
+    def __init__(self, dataset: TokenDataset) -> None:
+        self.words = dataset.words
+        self.token_bytes = dataset.tokenizer.token_bytes
+        self.bytes = 0
+        self.nats = np.zeros(len(BUCKET_EDGES))
+        self.tokens = np.zeros(len(BUCKET_EDGES), dtype=np.int64)
+
+    def add(self, scored: Scored, seen: int | None = None) -> None:
+        """Count a batch. A window's first target saw `seen` tokens, by default those of the window alone."""
+        if seen is None:
+            seen = scored.windows[0].first_scored - scored.windows[0].start
+        num_windows, num_targets = scored.losses.shape
+        bucket_S = np.searchsorted(BUCKET_EDGES, np.arange(seen, seen + num_targets))
+        self.nats += np.bincount(bucket_S, scored.losses.sum(0), len(BUCKET_EDGES))
+        self.tokens += num_windows * np.bincount(bucket_S, minlength=len(BUCKET_EDGES))
+        self.bytes += int(self.token_bytes[scored.targets].sum())
+
+    def buckets(self) -> tuple[Bucket, ...]:
+        """The mean loss of each bucket that has targets."""
+        edges = [0, *BUCKET_EDGES.tolist()]
+        return tuple(
+            Bucket(edges[i], edges[i + 1], int(self.tokens[i]), float(self.nats[i] / self.tokens[i]))
+            for i in np.flatnonzero(self.tokens).tolist()
+        )
+
+    def result(self, protocol: Protocol) -> Evaluation:
+        """The evaluation of what was counted."""
+        return Evaluation(
+            protocol,
+            nats=float(self.nats.sum()),
+            scored_tokens=int(self.tokens.sum()),
+            bytes=self.bytes,
+            words=self.words,
+            by_position=self.buckets(),
+        )
+
+
+class Sample:
+    """`size` of `total` targets, drawn without replacement: the window that ends with each, and its loss."""
+
+    def __init__(self, size: int, total: int) -> None:
+        generator = np.random.default_rng(SAMPLE_SEED)
+        self.total = total
+        self.chosen = np.sort(generator.choice(total, min(size, total), replace=False))
+        self.passed = 0
+        self.prefixes: list[tuple[Window, float]] = []
+
+    def add(self, scored: Scored) -> None:
+        """Take those of the batch that were drawn. Batches must come in the order of the text."""
+        end = self.passed + scored.losses.size
+        first, last = np.searchsorted(self.chosen, [self.passed, end])
+        for index in self.chosen[first:last] - self.passed:
+            row, column = divmod(int(index), scored.losses.shape[1])
+            target = scored.windows[row].first_scored + column
+            prefix = Window(scored.windows[row].start, target, target)
+            self.prefixes.append((prefix, float(scored.losses[row, column])))
+        self.passed = end
+
+
+def _prefix_wise(
+    one_pass: Evaluation, sample: Sample, score: Callable[[Iterable[Window]], Iterator[Scored]], tally: Tally
+) -> Evaluation:
+    """Scores each sampled target by the last logit of a pass over what precedes it in its window alone.
+
+    With g the mean of prefix-wise minus one-pass loss over m sampled of N targets, the prefix-wise L is
+    estimated by the one-pass L + N g: unbiased, and exact where nothing leaks, for then g = 0. The standard
+    error of g is sd / sqrt(m) x sqrt(1 - m / N); the last factor is there because targets are drawn without
+    replacement.
+    """
+    prefixes = sorted(sample.prefixes, key=lambda prefix: prefix[0].end - prefix[0].start)
+    losses = []
+    for scored in score(window for window, _ in prefixes):
+        tally.add(scored)
+        losses.append(scored.losses[:, 0])
+    gaps = np.concatenate(losses) - np.array([loss for _, loss in prefixes])
+    deviation = gaps.std(ddof=1) if len(gaps) > 1 else np.nan
+    error = deviation * np.sqrt((1 - len(gaps) / sample.total) / len(gaps))
+    leak = Leak(one_pass.nats, float(gaps.mean()), float(error), len(gaps))
+    nats = one_pass.nats + sample.total * leak.gap
+    return dataclasses.replace(one_pass, nats=nats, by_position=tally.buckets(), leak=leak)
+
+
+def _score(
+    model: DecoderLM,
+    dataset: TokenDataset,
+    to_score: Iterable[Window],
+    *,
+    batch_tokens: int,
+    should_stop: ShouldStop | None,
+) -> Iterator[Scored]:
+    """Scores windows in their order; neighbours of equal shape make a batch."""
+    for shape, alike in itertools.groupby(to_score, lambda w: (w.end - w.start, w.end - w.first_scored)):
+        while batch := list(itertools.islice(alike, max(1, batch_tokens // shape[0]))):
+            _poll(should_stop)
+            yield _score_batch(model, dataset, batch)
+
+
+def _score_batch(
+    model: DecoderLM, dataset: TokenDataset, batch: list[Window], state: ModelState | None = None
+) -> Scored:
+    """One forward pass over windows of equal shape; only the positions to be scored go through the head."""
+    rows = np.stack([dataset.tokens[w.start : w.end + 1] for w in batch])
+    skipped = batch[0].first_scored - batch[0].start - 1
+    tokens = torch.from_numpy(rows.astype(np.int64)).to(model.head_weight.device)
+    hidden_BSD = model.hidden(tokens[:, :-1], state=state).y[:, skipped:]
+    targets = tokens[:, skipped + 1 :].flatten()
+    losses = token_losses(hidden_BSD.flatten(0, 1), model.head_weight, targets).view(len(batch), -1)
+    return Scored(batch, rows[:, skipped + 1 :], losses.cpu().numpy().astype(np.float64))
+
+
+def _spans(model: DecoderLM, dataset: TokenDataset, documents: str, max_tokens: int | None) -> Spans:
+    """Stretches [start, stop) of the split that are read as one, with `max_tokens` targets in all at most."""
+    if documents not in ("concatenate", "reset"):
+        raise ValueError(f"documents must be concatenate or reset, got {documents!r}")
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
+    vocabulary, known = dataset.tokenizer.vocab_size, len(model.head_weight)
+    if vocabulary > known:
+        raise ValueError(f"the model knows {known} tokens, {dataset.corpus} is written in {vocabulary}")
+    borders = dataset.document_starts.tolist() if documents == "reset" else [0, len(dataset.tokens)]
+    left = len(dataset.tokens) if max_tokens is None else max_tokens
+    spans = []
+    for start, border in itertools.pairwise(borders):
+        stop = min(border, start + left + 1)
+        if stop - start > 1:
+            spans.append((start, stop))
+            left -= stop - start - 1
+    if not spans:
+        raise ValueError(f"nothing to score in {dataset.corpus} {dataset.split}: no token has one before it")
+    return spans
+
+
+def _num_targets(spans: Spans) -> int:
+    return sum(stop - start - 1 for start, stop in spans)
+
+
+def _windows(spans: Spans, context: int, stride: int) -> Iterator[Window]:
+    for start, stop in spans:
+        for window in windows(stop - start, context, stride):
+            yield Window(*(start + index for index in window))
+
+
+def _protocol(model: DecoderLM, dataset: TokenDataset, documents: str, spans: Spans, **how: Any) -> Protocol:
+    everything = _spans(model, dataset, documents, None)
+    return Protocol(
+        corpus=dataset.corpus,
+        split=dataset.split,
+        fingerprint=dataset.fingerprint,
+        tokenizer=dataset.tokenizer.name,
+        documents=documents,
+        causality=model.causality,
+        scored_range=(spans[0][0] + 1, spans[-1][1]),
+        whole_split=_num_targets(spans) == _num_targets(everything),
+        **how,
+    )
+
+
+def _poll(should_stop: ShouldStop | None) -> None:
+    if should_stop is not None and should_stop():
+        raise EvaluationStopped
+
+
+@contextmanager
+def _evaluating(model: DecoderLM) -> Iterator[None]:
+    """Evaluation mode and no gradients; afterwards the mode it was in.
+
+    Not inference mode: autograd would refuse in training what was remembered here (orders of keys, tables).
+    """
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
