@@ -35,7 +35,7 @@ def linear_cross_entropy(
 
     hidden [N, d], weight [V, d] (it may be the embedding's), labels [N] int64, of which -100 is not scored.
     Returns (loss_sum, count): a scalar in nats, float32 (float64 for float64 inputs), and a 0-dim int64.
-    `chunk` tokens are done at a time, by default `default_chunk(V)`, or plainly all at once where N V is small.
+    `chunk` tokens are done at a time, by default `default_chunk(V)`; where N V is small, all at once.
 
     Under `torch.autocast` the products run in its dtype; softmax, loss and the gradient of `weight`, summed
     over chunks, are float32 whatever the inputs are. Differentiable once.

@@ -22,8 +22,8 @@ def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
     * constant: the peak;
     * cosine: lr falls along half a cosine, to `final` * lr at `steps` (nanoGPT's formula and off-by-one, with
       `lr_decay_iters` = steps);
-    * wsd: the peak, until the last round(decay * steps) steps fall as 1 - sqrt to `final` * lr at `steps`
-      (Hagele et al., arXiv 2405.18392).
+    * wsd: the peak, until the last round(decay * steps) steps (fewer if warm-up is not over) fall as 1 - sqrt
+      to `final` * lr at `steps` (Hagele et al., arXiv 2405.18392).
 
     `steps` itself is where the curve ends, not a step that is taken; later steps stay at that value.
     """
@@ -32,11 +32,14 @@ def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
         return config.lr * (step + 1) / (warmup + 1)
     if config.schedule == "constant":
         return config.lr
-    shapes = {"cosine": (warmup, _half_cosine), "wsd": (steps - round(config.decay * steps), _one_minus_sqrt)}
-    start, shape = shapes[config.schedule]
+    decay_steps = steps if config.schedule == "cosine" else round(config.decay * steps)
+    start = max(warmup, steps - decay_steps)
+    if step < start:
+        return config.lr
     progress = (step - start) / (steps - start) if step < steps else 1.0
+    shape = _half_cosine if config.schedule == "cosine" else _one_minus_sqrt
     end = config.final * config.lr
-    return end + (config.lr - end) * shape(max(progress, 0.0))
+    return end + (config.lr - end) * shape(progress)
 
 
 def _half_cosine(progress: float) -> float:
