@@ -86,9 +86,9 @@ def read_clock(x: Tensor, ctx: Context | None, stream: Stream | None) -> Clock:
         if stream is None and ctx is not None:
             return _memoised(ctx, length, x.device)
         return _continue(length, stream, x.device)
-    for name, given in (("positions", ctx.positions), ("document_ends", ctx.document_ends)):
-        if given is not None and given.shape != (batch, length):
-            raise ValueError(f"ctx.{name} must have shape [{batch}, {length}], got {list(given.shape)}")
+    for name, value in (("positions", ctx.positions), ("document_ends", ctx.document_ends)):
+        if value is not None and value.shape != (batch, length):
+            raise ValueError(f"ctx.{name} must have shape [{batch}, {length}], got {list(value.shape)}")
     if stream is not None:
         return _packed(ctx, batch, length, stream, x.device)
     given = (ctx.positions, ctx.document_ends)
