@@ -79,6 +79,7 @@ def load(
     files, say, are told at once with misspelt keys. ranks: processes that share a batch.
     Raises ConfigError with every problem found.
     """
+    assert not isinstance(overrides, str), "a list of key=value"
     path, name = _find(str(path_or_name))
     return _load(path, overrides, f"runs/{name}", checks, ranks)
 
@@ -229,6 +230,8 @@ def _checked(checks: Iterable[Check], config: Config, provisional: bool) -> Iter
     for check in checks:
         try:
             yield from check(config)
+        except ConfigError as error:  # of another configuration that the check read
+            yield from error.problems
         except Exception:
             if not provisional:
                 raise

@@ -29,7 +29,7 @@ class Problem:
     def statement(self) -> str:
         """The problem without its place."""
         key = self.key if self.value is None else f"{self.key}={self.value}"
-        return f"{printable(key)}: {self.message}"
+        return f"{printable(key)}: {printable(self.message, limit=1000)}"
 
 
 class ConfigError(ValueError):

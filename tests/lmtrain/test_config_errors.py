@@ -203,11 +203,21 @@ def test_a_check_may_stumble_only_over_a_faulty_configuration(base: Path) -> Non
         load(base, checks=[stumbling])
 
 
+def test_a_check_may_read_another_configuration(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "other.yaml").write_text("train: {steps: x}\n")
+    lines = problems(base, "train.clip=x", checks=[lambda _: load(tmp_path / "other.yaml") and []])
+    assert lines[0] == "other.yaml:1  train.steps=x: must be a whole number"
+    assert len(lines) == 3
+
+
 def test_long_and_odd_values_stay_on_their_line(base: Path) -> None:
     (line,) = problems(base, f"train.steps={'9' * 5000}")
     assert len(line) < 200
     (line,) = problems(base, "train.steps=a\nb\x1b")
     assert r"a\nb\x1b" in line
+    base.write_text(BASE + '"tr\\nain": 3\n')
+    (line,) = problems(base)
+    assert r"tr\nain: no such section" in line
 
 
 def test_the_error_can_cross_processes(base: Path) -> None:
