@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -12,8 +11,6 @@ from attention.mixer import MIXERS, nearest
 from lmtrain.config_schema import BYTE_VOCABULARY, Config
 from lmtrain.divisors import nearest_divisors
 from lmtrain.problems import Problem
-
-MIXER_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 
 
 @dataclass(frozen=True)
@@ -79,7 +76,7 @@ def broken_rules(config: Config, ranks: int, faulty: set[str]) -> Iterator[Probl
     for each in RULES:
         if not faulty.intersection(each.keys) and (message := each.check(config, ranks)):
             yield Problem("", each.keys[0], message)
-    if "model.pattern" not in faulty:
+    if not faulty.intersection(("model", "model.pattern")):
         yield from _pattern_problems(config, faulty)
 
 

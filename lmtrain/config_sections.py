@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from typing import Any
+
+from torch import nn
 
 import attention  # noqa: F401 - registers the mixers
 from attention.mixer import MIXERS, nearest
 from lmtrain.config_reader import Node
-from lmtrain.config_rules import MIXER_NAME
 from lmtrain.config_schema import SECTIONS, Config
 from lmtrain.config_values import hints_of, range_problem, read_value
 from lmtrain.problems import Problem
+
+MIXER_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+RESERVED = frozenset(dir(nn.ModuleDict()))
+"""Names that the container of a layer's mixers has for itself, such as `type` and `values`."""
 
 
 @dataclass
@@ -76,6 +82,8 @@ class Reading:
             if not MIXER_NAME.fullmatch(name):
                 message = "the name of a mixer is made of letters, digits and _, and begins with no digit"
                 self.problems.append(Problem(mixer.where, key, message))
+            elif name in RESERVED:
+                self.problems.append(Problem(mixer.where, key, f"{name} is taken; call the mixer otherwise"))
             elif not isinstance(mixer.value, dict):
                 self._tell(mixer, key, "must be a mapping, {kind: ..., and its settings}")
             elif (kind := self._kind(mixer, key)) is not None:

@@ -124,6 +124,8 @@ RULES = [
     (["model.pattern=near faar"], "faar is not defined under model.mixers; did you mean far? (near, far)"),
     (["model.mixers.near.kind=lokal"], "no such mixer; did you mean local? (dense, "),
     (["model.mixers.new={heads: 4}"], "model.mixers.new.kind: missing (dense, "),
+    (["model.mixers.values={kind: dense}"], "model.mixers.values: values is taken"),
+    (["model.mixers.a-b={kind: dense}"], "model.mixers.a-b: the name of a mixer is made of letters, digits"),
     (["model.mixers.near.heads=3"], "heads 3 does not divide dim 64"),
     (["model.mixers.far.kv_heads=3"], "model.mixers.far.kv_heads=3: kv_heads 3 does not divide heads 4"),
 ]
@@ -174,6 +176,8 @@ def test_a_faulty_setting_does_not_raise_others(base: Path) -> None:
     assert "model.mixers.near.kind" in line
     (line,) = problems(base, "model.dim=x", "model.mixers.near.heads=3")
     assert "model.dim" in line
+    base.write_text("model: 3\n")
+    assert problems(base) == ["base.yaml:1  model=3: must be a mapping of settings"]
 
 
 def test_a_mixer_default_has_the_place_of_its_mixer(base: Path) -> None:
