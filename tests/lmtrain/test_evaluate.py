@@ -187,7 +187,7 @@ class TestEveryTargetOnce:
         assert alone.nats == pytest.approx(together.nats, abs=1e-12 * 299)
         assert replace(alone, nats=0, by_position=()) == replace(together, nats=0, by_position=())
 
-    def test_only_scored_positions_go_through_the_head(self, monkeypatch):
+    def test_only_scored_positions_go_through_the_head_and_no_more_than_asked(self, monkeypatch):
         rows = []
 
         def counted(hidden, weight, labels):
@@ -197,6 +197,9 @@ class TestEveryTargetOnce:
         monkeypatch.setattr(evaluate_module, "token_losses", counted)
         evaluate(decoder("near"), self.dataset, context=32, stride=2)
         assert sum(rows) == 299
+        rows.clear()
+        evaluate(decoder("near"), self.dataset, context=32, stride=32, batch_tokens=100)
+        assert rows == [96, 96, 96, 11]
 
 
 class TestPartAndDocuments:
