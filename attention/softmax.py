@@ -1,4 +1,4 @@
-"""What the softmax mixers over tokens share: projections, rotary positions, the call of `attend`, the decode cache.
+"""What the softmax mixers over tokens share: projections, rotary positions, the call of `attend`, the cache.
 
 A subclass says one thing only: how long each token's key lives.
 """
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from attention.cache import LivingKeys
 from attention.clock import Clock, read_clock
+from attention.divisors import nearest_divisors
 from attention.lifetimes import Lifetimes
 from attention.mixer import (
     Context,
@@ -34,7 +35,9 @@ class AttentionConfig:
     """Settings common to the softmax mixers."""
 
     heads: int = setting(8, "query heads", at_least=1)
-    kv_heads: int | None = setting(None, "key and value heads, shared by groups of query heads; null = heads", at_least=1)
+    kv_heads: int | None = setting(
+        None, "key and value heads, shared by groups of query heads; null = heads", at_least=1
+    )
     head_dim: int | None = setting(None, "width of a head; null = dim / heads", at_least=1)
     rotary: float = setting(10000.0, "base of the rotary positions; 0 = off", at_least=0)
 
@@ -42,11 +45,13 @@ class AttentionConfig:
         """Rules that hold between settings: (setting, message) for each one broken."""
         found = []
         if self.kv_heads is not None and self.heads % self.kv_heads:
-            near = ", ".join(map(str, _divisors_near(self.heads, self.kv_heads)))
-            found.append(("kv_heads", f"kv_heads {self.kv_heads} does not divide heads {self.heads}; nearest: {near}"))
+            near = ", ".join(map(str, nearest_divisors(self.heads, self.kv_heads)))
+            message = f"kv_heads {self.kv_heads} does not divide heads {self.heads}; nearest: {near}"
+            found.append(("kv_heads", message))
         if self.head_dim is None and dim % self.heads:
-            near = ", ".join(map(str, _divisors_near(dim, self.heads)))
-            found.append(("heads", f"heads {self.heads} does not divide dim {dim}; nearest: {near} (or set head_dim)"))
+            near = ", ".join(map(str, nearest_divisors(dim, self.heads)))
+            message = f"heads {self.heads} does not divide dim {dim}; nearest: {near} (or set head_dim)"
+            found.append(("heads", message))
         elif self.rotary and self.width(dim) % 2:
             found.append(("head_dim", f"head_dim {self.width(dim)} must be even while rotary is on"))
         if 0 < self.rotary <= 1:
@@ -58,17 +63,10 @@ class AttentionConfig:
         return dim // self.heads if self.head_dim is None else self.head_dim
 
 
-def _divisors_near(number: int, value: int) -> list[int]:
-    """The divisors of number just below and just above value."""
-    divisors = [d for d in range(1, number + 1) if number % d == 0]
-    below, above = [d for d in divisors if d < value], [d for d in divisors if d > value]
-    return below[-1:] + above[:1]
-
-
 class TokenAttention(Mixer):
     """Softmax attention whose keys are the tokens themselves, each alive from its own time to its death.
 
-    q = x W_q, k = x W_k, v = x W_v, y = concat(heads) W_o, no biases; every matrix starts at N(0, 1 / fan_in).
+    q = x W_q, k = x W_k, v = x W_v, y = concat(heads) W_o, no biases; matrices start at N(0, 1 / fan_in).
     Query head h reads key head h // (heads / kv_heads).
     """
 

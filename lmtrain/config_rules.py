@@ -9,7 +9,7 @@ import torch
 
 from attention.mixer import MIXERS, nearest
 from lmtrain.config_schema import BYTE_VOCABULARY, Config
-from lmtrain.divisors import nearest_divisors
+from attention.divisors import nearest_divisors
 from lmtrain.problems import Problem
 
 

@@ -7,7 +7,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lmtrain.divisors import largest_divisor
+from attention.divisors import largest_divisor
 
 MICRO_BATCH_TOKENS = 16384
 """Most tokens that a derived micro-batch holds."""

@@ -135,10 +135,9 @@ def check_disk(config: Config) -> list[Problem]:
     """Whether the checkpoints fit on the disk of run.dir."""
     if config.model.vocab_size is None:
         return []
+    size = checkpoint_bytes(config)
     try:
-        checkpoint.check_space(
-            run_folder(config) / "checkpoints", checkpoint_bytes(config), config.checkpoint.keep
-        )
+        checkpoint.check_space(run_folder(config) / "checkpoints", size, config.checkpoint.keep)
     except ValueError as error:
         return [Problem("", "run.dir", str(error))]
     return []

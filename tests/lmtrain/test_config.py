@@ -19,7 +19,7 @@ from lmtrain.config import (
     shipped_configs,
     to_dict,
 )
-from lmtrain.divisors import divisors, largest_divisor, nearest_divisors
+from attention.divisors import divisors, largest_divisor, nearest_divisors
 
 SMALL = """\
 data: {corpus: stdlib, seq_len: 64}

@@ -1,4 +1,4 @@
-"""Divisors, for batches that must come out even."""
+"""Divisors, for heads and batches that must come out even."""
 
 import math
 
