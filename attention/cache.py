@@ -12,9 +12,9 @@ from attention.lifetimes import FOREVER, Lifetimes
 class LivingKeys:
     """Rows of (k, v) with their lifetimes, appended as tokens come and forgotten once nobody can meet them.
 
-    k [B, G, N, D], v [B, G, N, Dv], birth and death int32 [B, G, N]; heads that own fewer living rows than others
-    are padded with rows that are never alive. With a `limit` no key outlives that many steps, whatever its mixer
-    says.
+    k [B, G, N, D], v [B, G, N, Dv], birth and death int32 [B, G, N]; heads that own fewer living rows than
+    others are padded with rows that are never alive. With a `limit` no key outlives that many steps, whatever
+    its mixer says.
     """
 
     def __init__(self, batch: int, device: torch.device, limit: int | None = None) -> None:
@@ -25,7 +25,7 @@ class LivingKeys:
         self._check_at = 64  # counting the living costs a pass over the rows: amortise it by doubling
 
     def extend(self, k: Tensor, v: Tensor, life: Lifetimes, clock: Clock) -> tuple[Tensor, Tensor, Lifetimes]:
-        """Add the new tokens' keys; returns all keys that the new queries may meet. Stored without gradient."""
+        """Add the new tokens' keys; returns all that the new queries may meet. Stored without gradient."""
         if self.limit is not None:
             life = life.until((life.birth.long() + self.limit).clamp(max=FOREVER).int())
         if self.size == 0:
@@ -99,4 +99,4 @@ class LivingKeys:
     @property
     def capacity(self) -> int:
         """Bytes allocated for keys and values, padding included."""
-        return sum(self.rows[name].numel() * self.rows[name].element_size() for name in ("k", "v") if self.rows)
+        return sum(self.rows[name].nbytes for name in ("k", "v") if self.rows)

@@ -1,7 +1,7 @@
 """Two clocks for the new tokens of a row: time along the row, and position within the document.
 
-Lifetimes are written in time; grids (blocks, spans, strides) are drawn on positions, so that a document packed
-with others behaves exactly as it would alone.
+Lifetimes are written in time; grids (blocks, spans, strides) are drawn on positions, so that a document
+behaves packed with others as it does alone.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from attention.ops.rotary import rotary_table
 
 @dataclass
 class Stream:
-    """How far a state has come: the time of its next token, and the time at which each row's document began."""
+    """How far a state has come: the time of its next token, and when each row's document began."""
 
     now: int
     start_B: Tensor
@@ -29,8 +29,8 @@ class Stream:
 class Clock:
     """Times and positions of the new tokens; leading dimension 1 where all rows are alike.
 
-    now: time of the first one; time [1, T] int64; position [B or 1, T] int64; end [B or 1, T] int64: the time at
-    which the token's document ends, FOREVER while unknown, None if no document ends within the row.
+    now: time of the first one; time [1, T] int64; position [B or 1, T] int64; end [B or 1, T] int64: when the
+    token's document ends, FOREVER while unknown, None if no document ends within the row.
     """
 
     now: int
@@ -78,8 +78,8 @@ class Clock:
 def read_clock(x: Tensor, ctx: Context | None, stream: Stream | None) -> Clock:
     """The clock of the new tokens x [B, T, ...], from what the context says and the stream has seen.
 
-    Documents follow from either `positions` (a 0 begins one) or `document_ends`; what is not given goes on from
-    the stream. Raises ValueError for tensors of another shape than [B, T].
+    Documents follow from either `positions` (a 0 begins one) or `document_ends`; what is not given goes on
+    from the stream. Raises ValueError for tensors of another shape than [B, T].
     """
     batch, length = x.shape[:2]
     if ctx is None or (ctx.positions is None and ctx.document_ends is None):
@@ -123,8 +123,8 @@ def _packed(ctx: Context, batch: int, length: int, stream: Stream | None, device
     if ctx.positions is not None:
         position = ctx.positions.to(device, torch.int64)
     else:
-        before = torch.zeros(batch, dtype=torch.int64, device=device) if stream is None else now - stream.start_B
-        position = _position(ends, index, before)
+        before_B = torch.zeros_like(ends[:, 0]) if stream is None else now - stream.start_B
+        position = _position(ends, index, before_B)
     return Clock(now, index + now, position, torch.where(ends < length, ends + now, FOREVER))
 
 

@@ -1,7 +1,7 @@
 """The contract of a sequence mixer, and the registry of all of them.
 
-A mixer maps x [B, T, d] to y [B, T, d], position by position, and may look only backwards. A new one is one file
-in this folder: a class with `@register(name)` and a dataclass `Config`. Nothing else has to know about it.
+A mixer maps x [B, T, d] to y [B, T, d], position by position, and may look only backwards. A new one is one
+file in this folder: a class with `@register(name)` and a dataclass `Config`. Nothing else has to know of it.
 """
 
 from __future__ import annotations
@@ -68,13 +68,14 @@ class Cost:
     state_bytes: float
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return Cost(*(a + b for a, b in pairs))
 
 
 class State(typing.Protocol):
     """What a mixer remembers of the tokens it has seen: living keys and scan states, nothing else.
 
-    bytes: of the living rows of all sequences, what `Cost.state_bytes` states for one; capacity: as allocated.
+    bytes: of the living rows of all sequences (`Cost.state_bytes`: of one); capacity: as allocated.
     """
 
     @property
@@ -93,24 +94,24 @@ class Mixer(nn.Module):
     def forward(self, x: Tensor, ctx: Context | None = None, state: Any = None) -> MixerOutput:
         """Mix x [B, T, d]. Without `ctx`: one unpacked document per row, starting at position 0.
 
-        With `state` the tokens go on from those it has seen; it is updated in place, and gradients do not flow
-        into it. Prefill, decoding token by token and carrying a state across segments are this same call.
+        With `state` the tokens go on from those it has seen; it is updated in place, and gradients do not
+        flow into it. Prefill, decoding token by token, carrying a state across segments are this same call.
         """
 
     @abstractmethod
     def init_state(self, batch: int, limit: int | None = None) -> Any:
         """An empty state for `batch` sequences.
 
-        With a `limit` no key in it outlives that many tokens, whatever the mixer's own rule: so a state carried
-        along an endless stream stays bounded where keys would live for ever.
+        With a `limit` no key in it outlives that many tokens, whatever the mixer's own rule: so a state
+        carried along an endless stream stays bounded where keys would live for ever.
         """
 
     @abstractmethod
     def cost(self, length: int) -> Cost:
         """The cost of one sequence of `length` tokens, from the definition of the mixer alone."""
 
-    def after_step(self, skipped: bool = False) -> None:  # noqa: B027 - most mixers learn nothing online
-        """Move what is learnt online (centroids, codebooks) once per optimizer step; a skipped step drops it."""
+    def after_step(self, skipped: bool = False) -> None:
+        """Move what is learnt online (centroids, codebooks), once per optimizer step; `skipped`: drop it."""
 
 
 MIXERS: dict[str, type[Mixer]] = {}
@@ -202,13 +203,13 @@ def _range_problems(of: dataclasses.Field[Any], value: Any) -> list[str]:
     return []
 
 
-def residual_output(parameter: nn.Parameter) -> nn.Parameter:
+def residual_output(parameter: Tensor) -> Tensor:
     """Tag a matrix that writes to the residual stream: the model scales its init by (2 layers)^-1/2."""
     parameter.residual_output = True  # type: ignore[attr-defined]
     return parameter
 
 
-def no_weight_decay(parameter: nn.Parameter) -> nn.Parameter:
+def no_weight_decay(parameter: Tensor) -> Tensor:
     """Tag a parameter that weight decay must leave alone (routers, gates; vectors are left alone anyway)."""
     parameter.no_weight_decay = True  # type: ignore[attr-defined]
     return parameter

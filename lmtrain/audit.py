@@ -1,8 +1,7 @@
 """Does a model see the future? Answered by changing its inputs, on the very weights it has.
 
 Gradients cannot answer: through a discrete choice (top-k over the sequence) they are exactly zero while the
-choice itself depends on later tokens. So later tokens are replaced and earlier outputs compared, bit for bit, in
-float64:
+choice itself depends on later tokens. So later tokens are replaced and earlier outputs compared, in float64:
 
 * per layer, with the layer's own input fixed before the cut, so that a leak is charged to where it is;
 * for the whole model, in its hidden state behind the last norm (the head behind it mixes no positions);
@@ -209,8 +208,8 @@ def audit(
     """Audit a copy of `model` on sequences of `length` tokens, in training and in evaluation mode.
 
     Sequences are random tokens below `vocab` (by default all the model has) and, if given, the first rows of
-    `tokens` [2 or more, T >= length]. Half of the `cuts` are drawn, the others stand one behind each of them: a
-    leak between neighbours shows at every second cut only. ValueError for fewer than 2 tokens.
+    `tokens` [2 or more, T >= length]. Half of the `cuts` are drawn, the others stand one behind each of them:
+    a leak between neighbours shows at every second cut only. ValueError for fewer than 2 tokens.
     """
     if length < 2:
         raise ValueError(f"an audit needs at least 2 tokens, got length {length}")

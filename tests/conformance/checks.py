@@ -28,7 +28,7 @@ def check_future(mixer: Mixer, dim: int, length: int, rounding: float = 0.0) -> 
             changed = tokens.then(future, cut).run(mixer)
             difference = largest_difference(changed[:, :cut], y[:, :cut])
             assert difference <= rounding, (
-                f"tokens from {cut} on change an output before it by {difference:.1e}"
+                f"tokens from {cut} on change an earlier output by {difference:.1e}"
             )
 
 
@@ -41,7 +41,7 @@ def check_prefixes(mixer: Mixer, dim: int, length: int) -> None:
         last = tokens.part(0, stop).run(mixer)[:, -1]
         difference = largest_difference(last, y[:, stop - 1])
         assert difference < 1e-12, (
-            f"a prefix of {stop} tokens ends otherwise than the whole by {difference:.1e}"
+            f"a prefix of {stop} tokens ends {difference:.1e} off the one pass"
         )
 
 
@@ -51,8 +51,8 @@ VOCABULARY, LENGTH = 4, 32
 def check_entropy_floor(config: ModelConfig, steps: int) -> tuple[float, float]:
     """Point 4: nobody predicts independent uniform tokens better than by chance, who does not see them.
 
-    Trains a model of `config` on fresh tokens; returns its loss (nats per token) on 4,096 other sequences and the
-    standard error of that mean over sequences.
+    Trains a model of `config` on fresh tokens; returns its loss (nats per token) on 4,096 other sequences and
+    the standard error of that mean over sequences.
     """
     model = train_on_noise(config, steps)
     loss, error = loss_on_noise(model)

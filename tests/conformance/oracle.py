@@ -2,20 +2,20 @@
 
 `oracles/<mixer>.py` holds
 
-    cases() -> dict[str, Case]              settings to test, with windows and blocks of at most 16 tokens; the first
-                                            has dim 48 and also stands for the mixer in a whole model
-    definition(mixer, x, ctx) -> y          loops and masks over one document per row; of `mixer` only the weights and
-                                            settings are read. Never lifetimes, `attend`, selection, or a cache.
-    pairs(mixer, length) -> number          (query, key) pairs over all query heads, counted one by one
-    dense_limit(dim, length) -> settings    those under which the mixer is multi-head attention
+    cases() -> dict[str, Case]            settings to test, with windows and blocks of at most 16 tokens; the
+                                          first has dim 48 and also stands for the mixer in a whole model
+    definition(mixer, x, ctx) -> y        loops and masks, one document per row; of `mixer` only weights and
+                                          settings are read. Never lifetimes, `attend`, selection, or a cache
+    pairs(mixer, length) -> number        (query, key) pairs over all query heads, counted one by one
+    dense_limit(dim, length) -> settings  those under which the mixer is multi-head attention
 
 and may hold
 
-    dense(mixer, x, ctx) -> y               what the limit equals, where it is not `multi_head_attention` below
-    to_dense_limit(mixer) -> None           sets the weights that the limit asks for
-    SELECTS = True                          keys are chosen by score: `cost` is an expectation, and a bound on the state
-    has_pattern(mixer) -> bool              whether `pattern(T)` tells all its lifetimes; absent: yes, unless SELECTS
-    ROUNDING = 1e-13                        largest change before a replaced token that is rounding; 0: none at all
+    dense(mixer, x, ctx) -> y             what the limit equals, if it is not `multi_head_attention` below
+    to_dense_limit(mixer) -> None         sets the weights that the limit asks for
+    SELECTS = True                        keys are chosen by score: `cost` is an expectation
+    has_pattern(mixer) -> bool            whether `pattern(T)` tells all lifetimes; absent: not SELECTS
+    ROUNDING = 1e-13                      largest change before a replaced token that is rounding; absent: 0
 
 Shapes: B batch, T tokens, H query heads, G key heads, D head width. Everything is float64.
 """
@@ -52,14 +52,15 @@ def missing(kind: str) -> str | None:
     file = FOLDER / f"{kind}.py"
     if file.is_file():
         return None
-    return f"the mixer {kind!r} has no oracle: write tests/conformance/oracles/{file.name} (see oracle.py beside it)"
+    return f"the mixer {kind!r} has no oracle: write tests/conformance/oracles/{file.name} (see oracle.py)"
 
 
 @cache
 def load(kind: str) -> ModuleType:
     """The oracle of a mixer, found by its name."""
     spec = importlib.util.spec_from_file_location(f"oracle_of_{kind}", FOLDER / f"{kind}.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -115,7 +116,7 @@ def heads(x: Tensor, weight: Tensor, number: int) -> Tensor:
 
 
 def rotate(x: Tensor, base: float) -> Tensor:
-    """Rotary at positions 0..T-1: features (j, j + D/2) as one complex number, turned by p base^(-2j/D). 0: off."""
+    """Rotary at positions 0..T-1: features (j, j + D/2) as one complex number, turned by p base^(-2j/D)."""
     if not base:
         return x
     half = x.shape[-1] // 2

@@ -1,4 +1,4 @@
-"""Points 2, 3 and 4: no later token changes an earlier output; a mixer that leaks is caught by each of them."""
+"""Points 2, 3 and 4: no later token changes an earlier output; a mixer that leaks is caught by each."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -54,7 +54,7 @@ class PairChoiceConfig:
 
 
 class PairChoice(Mixer):
-    """Of every two neighbours (0, 1), (2, 3), .. only the one with the higher score is processed, as in expert choice.
+    """Of every two neighbours (0, 1), (2, 3), .. only the one that scores higher is processed: expert choice.
 
     The earlier of the two learns how the later one scores, through a choice whose gradient is zero.
     """
@@ -95,12 +95,12 @@ def test_a_leak_has_no_gradient(leaky: str) -> None:
 
 
 def test_a_leak_is_caught_by_its_future(leaky: str) -> None:
-    with pytest.raises(AssertionError, match=r"tokens from \d+ on change an output"):
+    with pytest.raises(AssertionError, match=r"tokens from \d+ on change an earlier output"):
         check_future(build(leaky, 6).double(), 6, 17)
 
 
 def test_a_leak_is_caught_by_its_prefixes(leaky: str) -> None:
-    with pytest.raises(AssertionError, match=r"a prefix of \d+ tokens ends otherwise"):
+    with pytest.raises(AssertionError, match=r"a prefix of \d+ tokens ends"):
         check_prefixes(build(leaky, 6).double(), 6, 17)
 
 

@@ -1,4 +1,4 @@
-"""Points 5 and 6: decoding is the same function as one pass; rows and packed documents do not see each other."""
+"""Points 5 and 6: decoding is one pass in pieces; rows and packed documents do not see each other."""
 
 from typing import Any
 

@@ -107,8 +107,8 @@ def test_the_same_again_is_bit_equal(subject: Subject) -> None:
 
 
 def test_bfloat16_is_near_float32(subject: Subject) -> None:
-    """Under autocast y is off by at most 2^-6 of its norm: eight roundings (input, weights, q, k, v, output) of at
-    most 2^-9 each, all in one direction. What decides (scores, thresholds, norms) is float32 and decides alike."""
+    """Under autocast y is off by at most 2^-6 of its norm, as if eight roundings (input, weights, q, k, ..)
+    of at most 2^-9 each went in one direction. What decides (scores, thresholds, norms) stays float32."""
     mixer = subject.fresh(torch.float32)
     tokens = Tokens.random(4, 33, subject.case.dim).to(torch.float32)
     exact = tokens.run(mixer)

@@ -25,7 +25,7 @@ class TopConfig:
 
 
 class Top(Mixer):
-    """Only the half of all positions with the highest scores is processed: it sees ahead without a gradient."""
+    """Only the half of all positions with the highest scores is processed: it sees ahead without gradient."""
 
     Config = TopConfig
 
