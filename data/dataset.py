@@ -68,13 +68,12 @@ def open_dataset(folder: Path) -> TokenDataset:
     """The dataset in a folder. ValueError names the file that is missing or damaged, and how."""
     meta = _read_meta(folder / META)
     tokenizer = from_json(meta["tokenizer"])
-    (shard,) = meta["shards"]
-    tokens = _map_tokens(folder / SHARD, token_dtype(tokenizer.vocab_size), shard)
-    _check_ids(tokens, folder / SHARD, tokenizer.vocab_size)
+    tokens = _map_tokens(folder / SHARD, tokenizer.vocab_size, *meta["shards"])
+    starts = _read_documents(folder / DOCUMENTS, meta["documents"], len(tokens))
     return TokenDataset(
         tokens=tokens,
-        document_starts=_read_documents(folder / DOCUMENTS, meta["documents"], len(tokens)),
-        fingerprint=_fingerprint(meta),
+        document_starts=starts,
+        fingerprint=_fingerprint(meta, starts),
         tokenizer=tokenizer,
         bytes=meta["text"]["bytes"],
         words=meta["text"]["words"],
@@ -83,9 +82,10 @@ def open_dataset(folder: Path) -> TokenDataset:
     )
 
 
-def _fingerprint(meta: dict[str, Any]) -> str:
+def _fingerprint(meta: dict[str, Any], document_starts: np.ndarray) -> str:
     shards = [[shard["name"], shard["bytes"], shard["sha256"]] for shard in meta["shards"]]
-    return sha256_json([meta["dtype"], meta["tokenizer_sha256"], shards, meta["documents"]["sha256"]])
+    documents = hashlib.sha256(document_starts.astype("<i8").tobytes()).hexdigest()
+    return sha256_json([meta["dtype"], meta["tokenizer_sha256"], shards, documents])
 
 
 def _write_text(folder: Path, text: Split, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -104,14 +104,22 @@ def _write_text(folder: Path, text: Split, tokenizer: Tokenizer) -> dict[str, An
             starts.append(starts[-1] + num_tokens)
             words += counter.words
         _sync(file)
-    document_starts = np.array(starts, dtype="<i8")
     with (folder / DOCUMENTS).open("wb") as file:
-        np.save(file, document_starts, allow_pickle=False)
+        np.save(file, np.array(starts, dtype="<i8"), allow_pickle=False)
         _sync(file)
-    size = starts[-1] * dtype.itemsize
+    shard = {
+        "name": SHARD,
+        "tokens": starts[-1],
+        "bytes": starts[-1] * dtype.itemsize,
+        "sha256": digest.hexdigest(),
+    }
     return {
-        "shards": [{"name": SHARD, "tokens": starts[-1], "bytes": size, "sha256": digest.hexdigest()}],
-        "documents": {"count": len(starts) - 1, "sha256": hashlib.sha256(document_starts.data).hexdigest()},
+        "shards": [shard],
+        "documents": {
+            "count": len(starts) - 1,
+            "bytes": (folder / DOCUMENTS).stat().st_size,
+            "sha256": _sha256(folder / DOCUMENTS),
+        },
         "text": {"bytes": text.num_bytes, "words": words},
     }
 
@@ -131,20 +139,14 @@ def _read_meta(path: Path) -> dict[str, Any]:
     return meta
 
 
-def _map_tokens(path: Path, dtype: np.dtype, shard: dict[str, Any]) -> np.ndarray:
-    if not path.is_file():
-        raise ValueError(f"{path}: missing")
-    size = path.stat().st_size
-    if size != shard["bytes"] or size != shard["tokens"] * dtype.itemsize:
-        content = f"{shard['tokens']} tokens of {dtype.itemsize} bytes"
-        raise ValueError(f"{path}: damaged, it ends at byte {size} instead of {shard['bytes']} ({content})")
-    ids = np.memmap(path, dtype=dtype, mode="r")
-    if size <= FULL_CHECK_BYTES and hashlib.sha256(ids.data).hexdigest() != shard["sha256"]:
-        raise ValueError(f"{path}: damaged, its sha256 is not {shard['sha256']}")
-    return ids
-
-
-def _check_ids(tokens: np.ndarray, path: Path, vocab_size: int) -> None:
+def _map_tokens(path: Path, vocab_size: int, expected: dict[str, Any]) -> np.ndarray:
+    dtype = token_dtype(vocab_size)
+    _check_file(path, expected)
+    if expected["bytes"] != expected["tokens"] * dtype.itemsize:
+        raise ValueError(
+            f"{path}: damaged, {expected['bytes']} bytes are not {expected['tokens']} whole tokens"
+        )
+    tokens = np.memmap(path, dtype=dtype, mode="r")
     length, starts = len(tokens), np.zeros(1, dtype=np.int64)
     if tokens.nbytes > FULL_CHECK_BYTES:
         length, starts = SAMPLE_TOKENS, np.linspace(0, len(tokens) - SAMPLE_TOKENS, SAMPLES).astype(np.int64)
@@ -156,18 +158,31 @@ def _check_ids(tokens: np.ndarray, path: Path, vocab_size: int) -> None:
                 f"{path}: damaged, the token at byte {first * tokens.itemsize} is {tokens[first]}, "
                 f"but the vocabulary has {vocab_size} tokens"
             )
+    return tokens
 
 
 def _read_documents(path: Path, expected: dict[str, Any], num_tokens: int) -> np.ndarray:
-    try:
-        starts = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: a forged header claims no memory
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"{path}: missing or damaged ({error})") from error
-    if starts.dtype != np.dtype("<i8") or hashlib.sha256(starts.data).hexdigest() != expected["sha256"]:
-        raise ValueError(f"{path}: damaged, the sha256 of its numbers is not {expected['sha256']}")
+    _check_file(path, expected)
+    starts = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: a forged header claims no memory
     if starts[0] != 0 or starts[-1] != num_tokens or (np.diff(starts) <= 0).any():
         raise ValueError(f"{path}: damaged, document starts must increase from 0 to {num_tokens}")
     return np.array(starts)
+
+
+def _check_file(path: Path, expected: dict[str, Any]) -> None:
+    """Compares size and, up to `FULL_CHECK_BYTES`, hash with what meta.json says."""
+    if not path.is_file():
+        raise ValueError(f"{path}: missing")
+    size = path.stat().st_size
+    if size != expected["bytes"]:
+        raise ValueError(f"{path}: damaged, it ends at byte {size} instead of {expected['bytes']}")
+    if size <= FULL_CHECK_BYTES and _sha256(path) != expected["sha256"]:
+        raise ValueError(f"{path}: damaged, its sha256 is not {expected['sha256']}")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync_folder(folder: Path) -> None:

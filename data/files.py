@@ -56,11 +56,14 @@ def _meant(folder: Path, path: str) -> Iterator[Path]:
     if os.path.isfile(target):
         yield target
     elif os.path.isdir(target):
-        for parent, children, names in os.walk(target):
+        for parent, children, names in os.walk(target, onerror=_refuse):
             children[:] = [child for child in children if not child.startswith(".")]
             files = (Path(parent) / name for name in names if not name.startswith("."))
             yield from filter(os.path.isfile, files)  # not pipes, nor links to nowhere
     else:
-        yield from filter(
-            os.path.isfile, (folder / match for match in glob.glob(path, root_dir=folder, recursive=True))
-        )
+        matches = glob.glob(path, root_dir=folder, recursive=True)
+        yield from filter(os.path.isfile, (folder / match for match in matches))
+
+
+def _refuse(error: OSError) -> None:
+    raise ValueError(f"{error.filename}: cannot be read ({error.strerror})") from error

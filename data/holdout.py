@@ -67,8 +67,7 @@ def _cut(documents: Sequence[Document], position: int) -> int:
         borders.append(borders[-1] + document.num_bytes)
     if len(documents) >= MANY_DOCUMENTS:
         return min(borders[1:-1], key=lambda border: abs(border - position))
-    first = max(
-        borders[bisect_right(borders, position) - 1], position - 3
-    )  # a UTF-8 character has up to 4 bytes
+    document_start = borders[bisect_right(borders, position) - 1]
+    first = max(document_start, position - 3)  # a UTF-8 character has up to 4 bytes
     around = b"".join(part(documents, first, position + 1).chunks())
     return first + character_start(around, position - first)

@@ -25,10 +25,8 @@ class Batch:
     labels: the next token, or -100 where it is unscored.
     positions, document_ends: None if documents are concatenated, else see `Loader`.
     first_sample: global index of row 0; the rows are consecutive samples.
-    crc: sum modulo 2^32, over the rows, of the crc32 of a row's T + 1 token ids as little-endian uint32. The
-    sum
-        over the micro-batches and ranks of a step tells which data it read, and does not depend on their
-        number.
+    crc: sum modulo 2^32, over the rows, of the crc32 of a row's T + 1 token ids as little-endian uint32.
+        Summed over the micro-batches and ranks of a step, it tells which data the step read, on any world.
     """
 
     tokens: Tensor
@@ -42,17 +40,15 @@ class Batch:
 class Loader:
     """Training batches of one data rank, in the order that `SampleOrder` fixes.
 
-    A step reads G = `batch_sequences` consecutive samples, all ranks together. Row j of micro-batch m of rank
-    r is the step's sample mWu + ru + j, with W = `world` and u = `micro_batch`: the set does not depend on W
-    or u.
+    A step reads G = `batch_sequences` consecutive samples, all ranks together: with W = `world` and
+    u = `micro_batch`, row j of micro-batch m of rank r is its sample mWu + ru + j; neither changes the set.
 
     documents: what becomes of a window that spans several documents.
         "concatenate": nothing, the text is one stream.
         "reset": each document stands alone. `positions` count from its start, or from the row's if it began
-        earlier, so
-            that a row depends on nothing outside it. `document_ends` is the index in the row one past its
-            last token, more than T if it goes on after the row. Its last token is unscored: the target is
-            another document's.
+            earlier, so that a row depends on nothing outside it. `document_ends` is the index in the row one
+            past the document's last token, more than T if it goes on after the row. A document's last token
+            is unscored: its target belongs to another document.
     """
 
     def __init__(

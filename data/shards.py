@@ -42,23 +42,34 @@ def prepare(
     folder = cache / f"{corpus.name}-{split}-{tokenizer.name}-{key}"
     with suppress(ValueError):
         return open_dataset(folder)
-    with _cache_errors(cache, text, tokenizer), _locked(folder):
-        _make(folder, corpus.name, split, text, tokenizer)
+    with _cache_errors(cache, text, tokenizer), _locked(folder) as alone:
+        if alone:
+            for abandoned in folder.parent.glob(
+                f"{_scratch_prefix(folder)}*"
+            ):  # by a process that was killed
+                shutil.rmtree(abandoned, ignore_errors=True)
+        if not _intact(folder):  # else another process has just made it
+            _make(folder, corpus.name, split, text, tokenizer)
     return open_dataset(folder)
 
 
+def _intact(folder: Path) -> bool:
+    """Whether the dataset is there; a damaged one is removed."""
+    if not folder.exists():
+        return False
+    try:
+        open_dataset(folder)
+    except ValueError as error:
+        warnings.warn(f"damaged cache, made anew: {error}", stacklevel=3)
+        damaged = _scratch(folder)
+        with suppress(FileNotFoundError):  # removed by another process
+            folder.rename(damaged)
+        shutil.rmtree(damaged, ignore_errors=True)
+        return False
+    return True
+
+
 def _make(folder: Path, corpus: str, split: str, text: Split, tokenizer: Tokenizer) -> None:
-    if folder.exists():
-        try:
-            open_dataset(folder)  # another process has just made it
-            return
-        except ValueError as error:
-            warnings.warn(f"damaged cache, made anew: {error}", stacklevel=3)
-            folder.rename(_scratch(folder))
-    for abandoned in folder.parent.glob(
-        f"{_scratch_prefix(folder)}*"
-    ):  # damaged, or left by a killed process
-        shutil.rmtree(abandoned, ignore_errors=True)
     temporary = _scratch(folder)
     try:
         write_dataset(temporary, corpus, split, text, tokenizer)
@@ -97,13 +108,16 @@ def _scratch_prefix(folder: Path) -> str:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One process at a time makes a dataset; where locks do not work, all do and the first one done wins."""
+def _locked(folder: Path) -> Iterator[bool]:
+    """One process at a time makes a dataset. False where locks do not work: then all do, the first wins."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_name(f"{folder.name}.lock").open("w") as file:
-        with suppress(OSError):
+        try:
             fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        except OSError:
+            yield False
+        else:
+            yield True
 
 
 @contextmanager
