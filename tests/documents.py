@@ -1,6 +1,8 @@
-"""Reading code blocks out of the repository's own documents, so that tests can execute them."""
+"""The repository as its readers have it: code blocks of its documents, copies of its parts."""
 
 import re
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -10,3 +12,13 @@ def code_blocks(page: str, language: str) -> list[str]:
     """The fenced blocks of a language in a page of the repository, in order."""
     text = (ROOT / page).read_text()
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.S | re.M)
+
+
+def copy_parts(parts: Sequence[str], to: Path) -> None:
+    """Copy files and folders of the repository into the folder `to`, which is made."""
+    to.mkdir(parents=True, exist_ok=True)
+    for part in parts:
+        if (ROOT / part).is_dir():
+            shutil.copytree(ROOT / part, to / part, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / part, to / part)

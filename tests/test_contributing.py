@@ -1,14 +1,13 @@
 """CONTRIBUTING.md is executed: its worked mixer is added to a copy of the repository, trained, audited, tested."""
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.documents import ROOT, code_blocks
+from tests.documents import code_blocks, copy_parts
 
 PARTS = ("attention", "data", "parallel", "lmtrain", "launch", "configs", "tests", "pyproject.toml")
 
@@ -17,12 +16,7 @@ PARTS = ("attention", "data", "parallel", "lmtrain", "launch", "configs", "tests
 def copy_with_blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the repository with the page's three files."""
     copy = tmp_path_factory.mktemp("clone")
-    for part in PARTS:
-        source = ROOT / part
-        if source.is_dir():
-            shutil.copytree(source, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(source, copy / part)
+    copy_parts(PARTS, copy)
     mixer, oracle = code_blocks("CONTRIBUTING.md", "python")
     (config,) = code_blocks("CONTRIBUTING.md", "yaml")
     (copy / "attention/blocks.py").write_text(mixer)
