@@ -105,7 +105,7 @@ def test_a_path_where_no_folder_can_be(tmp_path, name, reason):
 
 def test_a_file_system_that_refuses_even_root():
     """Missing permissions do not stop root; /proc does."""
-    with pytest.raises(ValueError, match="run.dir /proc/run: cannot be written: "):
+    with pytest.raises(ValueError, match=r"run\.dir /proc/run: cannot be written: "):
         RunDirectory.open("/proc/run")
 
 
@@ -370,6 +370,7 @@ def test_a_full_disk_delays_rows_but_loses_none(tmp_path):
 
     assert os.waitpid(fork(work), 0)[1] == 0
     assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert not list(tmp_path.glob("*.tmp-*"))
     assert read_status(tmp_path).state == "done"
 
 

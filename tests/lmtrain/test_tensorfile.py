@@ -71,6 +71,19 @@ def test_counts_and_hashes_exactly_the_bytes_of_the_file(tmp_path):
         assert reader.sha256() == writer.sha256()
 
 
+@pytest.mark.parametrize("length", range(1, 9))
+def test_tensors_are_aligned(tmp_path, length):
+    """As the format asks: the bytes begin at a multiple of 8, and wide types stand before narrow ones."""
+    write(
+        tmp_path / "a",
+        {"n" * length: torch.ones(3, dtype=torch.uint8), "wide": torch.ones(2, dtype=torch.int64)},
+    )
+    content = (tmp_path / "a").read_bytes()
+    (header_bytes,) = struct.unpack("<Q", content[:8])
+    assert header_bytes % 8 == 0
+    assert json.loads(content[8 : 8 + header_bytes])["wide"]["data_offsets"] == [0, 16]
+
+
 def test_tied_tensors_are_stored_once_and_come_back_tied(tmp_path):
     weight = torch.randn(100, 10)
     tensors = {
