@@ -130,17 +130,18 @@ class Evaluation:
 
     @property
     def name(self) -> str:
-        """A file name that says corpus, split and protocol."""
+        """A file name that says which text was scored, and how."""
         p = self.protocol
         how = f"carry{p.carry}" if p.context is None else f"context{p.context}-stride{p.stride}"
         part = "" if p.whole_split else f"-first{self.scored_tokens}"
-        return re.sub(r"[^A-Za-z0-9_.-]", "_", f"{p.corpus}-{p.split}-{how}{part}")
+        text = f"{p.corpus}-{p.split}-{p.fingerprint[:8]}"
+        return re.sub(r"[^A-Za-z0-9_.-]", "_", f"{text}-{how}{part}")
 
 
 def write_result(
     run: Path, evaluation: Evaluation, *, checkpoint: Path | None = None, step: int | None = None
 ) -> Path:
-    """Writes the row as `run/eval/<corpus>-<split>-<protocol>[-step<N>].json`, whole or not at all."""
+    """Writes the row as `run/eval/<text>-<protocol>[-step<N>].json`, whole or not at all."""
     name = evaluation.name if step is None else f"{evaluation.name}-step{step}"
     path = Path(run) / "eval" / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
@@ -152,11 +153,11 @@ def format_result(evaluation: Evaluation) -> str:
     """The result for people: a few lines, each number beside its protocol."""
     p = evaluation.protocol
     words = evaluation.word_perplexity
-    per_word = "" if words is None else f", {words:,.2f} per word"
+    per_word = "" if words is None else f", {words:.6g} per word"
     lines = [
         f"{p.corpus} {p.split}: {evaluation.bits_per_byte:.4f} bits per byte ({p.scoring}, {p.causality})",
         f"{evaluation.loss:.4f} nats per token ({p.tokenizer}); "
-        f"perplexity {evaluation.token_perplexity:,.3f} per token{per_word}",
+        f"perplexity {evaluation.token_perplexity:.6g} per token{per_word}",
         _what_was_scored(evaluation),
         _what_was_seen(p),
     ]

@@ -423,13 +423,13 @@ class TestReport:
     def test_file(self, tmp_path):
         result = evaluate(bigram_model(), TestNumbers.dataset, context=4, stride=2)
         path = write_result(tmp_path, result, checkpoint=tmp_path / "checkpoints/step-7", step=7)
-        assert path == tmp_path / "eval/toy_corpus-validation-context4-stride2-step7.json"
+        assert path == tmp_path / "eval/toy_corpus-validation-f1-context4-stride2-step7.json"
         assert json.loads(path.read_text()) == result.to_json(tmp_path / "checkpoints/step-7", 7)
         part = evaluate_carried(bigram_model(), TestNumbers.dataset, seq_len=2, max_tokens=3)
-        assert write_result(tmp_path, part).name == "toy_corpus-validation-carry8-first3.json"
+        assert write_result(tmp_path, part).name == "toy_corpus-validation-f1-carry8-first3.json"
         assert {file.name for file in path.parent.iterdir()} == {
-            "toy_corpus-validation-context4-stride2-step7.json",
-            "toy_corpus-validation-carry8-first3.json",
+            "toy_corpus-validation-f1-context4-stride2-step7.json",
+            "toy_corpus-validation-f1-carry8-first3.json",
         }
 
     def test_text_says_the_protocol_beside_the_number(self):
