@@ -1,7 +1,8 @@
 """Keys with lifetimes: which keys each query may meet, for every mixer in one form.
 
 A key is born at one time and dies at a later one or never; the query at time t meets exactly the keys with
-`birth <= t < death`. Time is any order in which the keys of a query form an interval: positions, ranks in a lane.
+`birth <= t < death`. Time is any order in which the keys of a query form an interval: positions, ranks in a
+lane.
 """
 
 from dataclasses import dataclass
@@ -17,11 +18,11 @@ FOREVER = 2**31 - 1
 class Lifetimes:
     """When each key is born and dies.
 
-    birth, death   int32, broadcastable to [B, G, Nk], in the unit of the queries' time; death <= birth: never alive
+    birth, death   int32, broadcastable to [B, G, Nk], in the unit of the queries' time; death <= birth: the
+                   key is never alive
     generation     int32, broadcastable to [B, G, Nk]: keys of a kind that live about equally long. It only sorts
-                   the work of the kernels, never changes a result.
+                   the work of a kernel, never changes a result.
 
-    The tensors are not to be modified in place: what `attend` learns from them is remembered.
     Raises ValueError where one of them is no int32 tensor.
     """
 
@@ -30,8 +31,7 @@ class Lifetimes:
     generation: Tensor | None = None
 
     def __post_init__(self) -> None:
-        for name in ("birth", "death", "generation"):
-            value = getattr(self, name)
+        for name, value in (("birth", self.birth), ("death", self.death), ("generation", self.generation)):
             if value is None and name == "generation":
                 continue
             if not isinstance(value, Tensor) or value.dtype != torch.int32:
@@ -39,12 +39,12 @@ class Lifetimes:
                 raise ValueError(f"{name}: expected an int32 tensor broadcastable to [B, G, Nk], got {got}")
 
     def alive(self, time: Tensor) -> Tensor:
-        """Mask [..., Nq, Nk] of the keys that the queries at `time` [..., Nq] meet. Nq x Nk elements: mind the size."""
+        """Mask [..., Nq, Nk] of the keys that the queries at `time` [..., Nq] meet: quadratic, for small sizes."""
         now = time[..., None]
         return (self.birth[..., None, :] <= now) & (now < self.death[..., None, :])
 
     def until(self, end: Tensor) -> "Lifetimes":
-        """The same keys, none of which outlives `end` (int32, broadcastable to death): its document, its lane."""
+        """The same keys, none of which outlives `end` (int32, broadcastable): its document, its lane."""
         return Lifetimes(self.birth, torch.minimum(self.death, end), self.generation)
 
 
@@ -55,14 +55,41 @@ def causal(num_keys: int, device: torch.device | str | None = None) -> Lifetimes
 
 
 def window(num_keys: int, width: int, device: torch.device | str | None = None) -> Lifetimes:
-    """Tokens that live for `width` steps, their own included: a sliding window."""
+    """Tokens 0..num_keys-1 that live for `width` steps, their own included: a sliding window."""
     birth = torch.arange(num_keys, dtype=torch.int32, device=device)
-    return Lifetimes(birth, (birth.long() + width).clamp(max=FOREVER).int())
+    return Lifetimes(birth, (birth.long() + width).clamp(max=FOREVER).to(torch.int32))
+
+
+def query_intervals(
+    life: Lifetimes, time: Tensor | None, *, heads: int, kv_heads: int, num_queries: int, num_keys: int
+) -> tuple[Tensor, Tensor]:
+    """Lifetimes in query numbers: key j is met by exactly the queries start_j <= i < stop_j; stop <= start: by none.
+
+    time: int32, ascending, broadcastable to [B, H, Nq]; None = 0..Nq-1. Returns int32 start and stop in 0..Nq,
+    [B or 1, G or 1, r or 1, Nk] with r = H / G: an axis along which all lists are alike is 1 long (it is found
+    alike where it is missing, 1 long, or an `expand`).
+    """
+    birth, death = torch.broadcast_tensors(
+        _unexpanded(life.birth, num_keys).unsqueeze(2), _unexpanded(life.death, num_keys).unsqueeze(2)
+    )
+    if time is None:
+        return birth.clamp(0, num_queries), death.clamp(0, num_queries)
+    # A query at FOREVER stands behind every death: nobody's interval reaches it.
+    time = _unexpanded(time, num_queries)
+    if time.shape[0] == time.shape[1] == 1:
+        time = time[0, 0].contiguous()
+    else:
+        time = time.unsqueeze(2) if time.shape[1] == 1 else time.unflatten(1, (kv_heads, heads // kv_heads))
+        rows = torch.broadcast_shapes(time.shape[:3], birth.shape[:3])
+        time = time.expand(*rows, -1).contiguous()
+        birth, death = (x.expand(*rows, -1) for x in (birth, death))
+    start, stop = (torch.searchsorted(time, x.contiguous(), out_int32=True) for x in (birth, death))
+    return start, stop
 
 
 def living_pairs(
     life: Lifetimes,
-    time: Tensor | None,
+    time: Tensor | None = None,
     *,
     batch: int,
     heads: int,
@@ -72,27 +99,19 @@ def living_pairs(
 ) -> int:
     """Number of (query, living key) pairs, summed over batch and query heads: the work of one `attend`.
 
-    time: int32, ascending, broadcastable to [B, H, Nq]; None = 0..Nq-1. Counted by sorted searches, never pair by pair.
+    Shapes as in `attend`. Counted exactly by sorted searches, in time and memory linear in Nk (log Nq).
     """
-    group = heads // kv_heads
-    birth, death = _four(life.birth, kv_heads), _four(torch.maximum(life.birth, life.death), kv_heads)
-    if time is None:
-        counts = death.clamp(0, num_queries).long() - birth.clamp(0, num_queries).long()
-    else:
-        # Axes: batch, key head, query head of the group, item. A query at FOREVER stands behind every death.
-        now = _four(time, kv_heads)
-        rows = torch.broadcast_shapes(now.shape[:3], birth.shape[:3], death.shape[:3])
-        now = now.expand(*rows, num_queries).contiguous()
-        born, dead = (
-            torch.searchsorted(now, x.expand(*rows, num_keys).contiguous().to(now.dtype))
-            for x in (birth, death)
-        )
-        counts = dead - born
-    return int(counts.expand(batch, kv_heads, group, num_keys).sum())
+    start, stop = query_intervals(
+        life, time, heads=heads, kv_heads=kv_heads, num_queries=num_queries, num_keys=num_keys
+    )
+    met = (stop.long() - start).clamp(min=0)
+    return int(met.expand(batch, kv_heads, heads // kv_heads, num_keys).sum())
 
 
-def _four(x: Tensor, kv_heads: int) -> Tensor:
-    """`x`, broadcastable to [B, G or H, n], as [B or 1, G or 1, r or 1, n]."""
+def _unexpanded(x: Tensor, length: int) -> Tensor:
+    """`x` as [B or 1, G or H or 1, length], 1 long where it only repeats."""
     x = x.reshape((1,) * (3 - x.dim()) + tuple(x.shape))
-    heads = x.shape[1]
-    return x.unsqueeze(2) if heads in (1, kv_heads) else x.unflatten(1, (kv_heads, heads // kv_heads))
+    for axis in (0, 1):
+        if x.stride(axis) == 0:
+            x = x.narrow(axis, 0, 1)
+    return x.expand(-1, -1, length)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from attention.lifetimes import Lifetimes
+from attention.ops.attend_op import attend_op
+from attention.ops.attend_tiles import gate_share
 
 IMPLEMENTATIONS = ("reference", "torch", "triton")
 
@@ -24,25 +26,31 @@ def attend(
     scale: float | None = None,
     implementation: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Each query's softmax average of the values of the keys alive at its time, and the log of its normaliser.
+    """Softmax average of the values of the keys alive at each query's time, and the log of its normaliser.
 
     q [B, H, Nq, D], sorted by time; k [B, G, Nk, D]; v [B, G, Nk, Dv]; one floating type.
     life       birth and death int32, broadcastable to [B, G, Nk]
-    time       int32, ascending, broadcastable to [B, H, Nq]; default 0..Nq-1. A query at FOREVER meets nobody.
-    key_bias   float32 (float64 with float64 q), broadcastable to [B, G, Nk]: added to the scaled logit; -inf: nobody meets the key
-    gate       (u, tau), u broadcastable to [B, G, Nk], tau to [B, H, Nq]: the pair's weight is c exp(logit) with
-               c = clip(u - tau, 0, 1), in numerator and normaliser (SPARSEK, arXiv 2406.16747). tau may be -inf (c = 1).
+    time       int32, ascending, broadcastable to [B, H, Nq]; default 0..Nq-1. At FOREVER a query meets nobody.
+    key_bias   float32 (float64 if q is), broadcastable to [B, G, Nk]: added to the scaled logit; nobody meets a
+               key with -inf
+    gate       (u, tau), float32 (float64 if q is), broadcastable to [B, G, Nk] and [B, H, Nq]: the weight of a
+               pair is c exp(logit) with c = clip(u - tau, 0, 1), in numerator and normaliser (SPARSEK, arXiv
+               2406.16747). tau may be -inf (c = 1).
     scale      of the logits, default D^-1/2
     implementation   "torch" (the default everywhere) or "reference" (quadratic memory: for tests)
 
-    Returns out [B, H, Nq, Dv] in q's type and lse [B, H, Nq], natural log, float32 (float64 with float64 q). A query
-    that meets nobody gets out = 0, lse = -inf and zero gradients. Differentiable in q, k, v, key_bias, u, tau, also
-    through lse, so that `merge` of disjoint key sets is exact. Raises ValueError naming the argument that does not fit.
+    Returns out [B, H, Nq, Dv] in q's type, and lse [B, H, Nq], natural log, float32 (float64 if q is). A query
+    that meets nobody gets out = 0, lse = -inf and zero gradients. Differentiable in q, k, v, key_bias, u and tau,
+    also through lse, so that `merge` of disjoint key sets is exact. Raises ValueError naming the argument that
+    does not fit.
     """
     _check(q, k, v, life, time, key_bias, gate, implementation)
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    return attend_reference(q, k, v, life, time=time, key_bias=key_bias, gate=gate, scale=scale)
+    if implementation == "reference":
+        return attend_reference(q, k, v, life, time=time, key_bias=key_bias, gate=gate, scale=scale)
+    u, tau = (None, None) if gate is None else gate
+    return attend_op(q, k, v, life.birth, life.death, time, key_bias, u, tau, float(scale))
 
 
 def attend_reference(
@@ -65,20 +73,19 @@ def attend_reference(
         """[B, G, Nk] or broadcastable -> [B, H, 1, Nk]."""
         return x.expand(B, G, Nk).repeat_interleave(H // G, 1).unsqueeze(2)
 
-    birth, death = per_head(life.birth), per_head(life.death)
     if time is None:
         time = torch.arange(Nq, dtype=torch.int32, device=q.device)
     now = time.expand(B, H, Nq)[..., None]
-    alive = (birth <= now) & (now < death)
+    alive = (per_head(life.birth) <= now) & (now < per_head(life.death))
     keys, values = (x.to(wide).repeat_interleave(H // G, 1) for x in (k, v))
     logits = scale * (q.to(wide) @ keys.transpose(-1, -2))
     if key_bias is not None:
-        bias = per_head(key_bias).to(wide)
+        bias = per_head(key_bias)
         alive = alive & (bias > -torch.inf)
         logits = logits + bias.masked_fill(bias == -torch.inf, 0.0)
     share = None
     if gate is not None:
-        share = gate_share(per_head(gate[0]).to(wide), gate[1].to(wide).expand(B, H, Nq)[..., None])
+        share = gate_share(per_head(gate[0]), gate[1].expand(B, H, Nq)[..., None])
         alive = alive & (share > 0)
     logits = logits.masked_fill(~alive, -torch.inf)
     top = logits.detach().amax(-1, keepdim=True) if Nk else logits.new_zeros(B, H, Nq, 1)
@@ -92,13 +99,6 @@ def attend_reference(
     out = (weights / total) @ values
     lse = (total.log() + top).masked_fill(empty, -torch.inf).squeeze(-1)
     return out.to(q.dtype), lse
-
-
-def gate_share(u: Tensor, tau: Tensor) -> Tensor:
-    """c = clip(u - tau, 0, 1), with a gradient only where 0 < u - tau < 1; 1 where tau is -inf."""
-    above = u - tau.masked_fill(tau == -torch.inf, 0.0)
-    whole = (above >= 1) | (tau == -torch.inf)
-    return torch.where(whole, 1.0, torch.where(above > 0, above, 0.0))
 
 
 def _check(
@@ -115,47 +115,38 @@ def _check(
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"implementation: expected None or one of {IMPLEMENTATIONS}, got {implementation!r}")
     if implementation == "triton":
-        raise ValueError("implementation: this version has no Triton kernel yet; use None or 'torch'")
+        raise ValueError("implementation: this version has no Triton kernel of attend yet; use None or 'torch'")
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:
-            raise ValueError(
-                f"{name}: expected 4 dimensions [batch, heads, items, width], got {tuple(x.shape)}"
-            )
+            raise ValueError(f"{name}: expected [batch, heads, items, width], got shape {tuple(x.shape)}")
         if x.dtype != q.dtype or not x.is_floating_point():
-            raise ValueError(
-                f"{name}: expected one floating type for q, k and v, got {x.dtype} beside q {q.dtype}"
-            )
+            raise ValueError(f"{name}: expected one floating type for q, k, v, got {x.dtype} (q {q.dtype})")
     (B, H, Nq, D), (G, Nk) = q.shape, k.shape[1:3]
     if k.shape[0] != B or k.shape[3] != D:
-        raise ValueError(
-            f"k: expected [{B}, kv_heads, num_keys, {D}] beside q {tuple(q.shape)}, got {tuple(k.shape)}"
-        )
+        raise ValueError(f"k: expected shape [{B}, kv_heads, keys, {D}] as q's, got {tuple(k.shape)}")
     if v.shape[:3] != k.shape[:3]:
-        raise ValueError(
-            f"v: expected [{B}, {G}, {Nk}, any width] beside k {tuple(k.shape)}, got {tuple(v.shape)}"
-        )
+        raise ValueError(f"v: expected shape [{B}, {G}, {Nk}, width] as k's, got {tuple(v.shape)}")
     if G == 0 or H % G:
-        raise ValueError(f"q: expected a number of heads that is a multiple of the {G} key heads, got {H}")
+        raise ValueError(f"q: expected heads in a multiple of the {G} key heads, got {H}")
     keys, queries = (B, G, Nk), (B, H, Nq)
-    u, tau = (None, None) if gate is None else gate
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    for name, x, shape, dtype in (
-        ("life.birth", life.birth, keys, torch.int32),
-        ("life.death", life.death, keys, torch.int32),
-        ("time", time, queries, torch.int32),
-        ("key_bias", key_bias, keys, wide),
-        ("gate u", u, keys, wide),
-        ("gate tau", tau, queries, wide),
-    ):
-        if x is None:
-            continue
-        if x.dtype != dtype:
-            raise ValueError(f"{name}: expected {dtype}, got {x.dtype}")
-        if x.device != q.device:
-            raise ValueError(f"{name}: expected a tensor on {q.device} as q, got {x.device}")
-        fits = x.dim() <= 3 and all(a in (1, b) for a, b in zip(reversed(x.shape), reversed(shape)))
-        if not fits:
-            raise ValueError(f"{name}: expected a shape broadcastable to {shape}, got {tuple(x.shape)}")
-    for name, x in (("k", k), ("v", v)):
-        if x.device != q.device:
-            raise ValueError(f"{name}: expected a tensor on {q.device} as q, got {x.device}")
+    floating = torch.float64 if q.dtype == torch.float64 else torch.float32
+    _check_one("k", k, k.shape, k.dtype, q.device)
+    _check_one("v", v, v.shape, v.dtype, q.device)
+    _check_one("life.birth", life.birth, keys, torch.int32, q.device)
+    _check_one("life.death", life.death, keys, torch.int32, q.device)
+    if time is not None:
+        _check_one("time", time, queries, torch.int32, q.device)
+    if key_bias is not None:
+        _check_one("key_bias", key_bias, keys, floating, q.device)
+    if gate is not None:
+        _check_one("gate[0] (u)", gate[0], keys, floating, q.device)
+        _check_one("gate[1] (tau)", gate[1], queries, floating, q.device)
+
+
+def _check_one(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    if x.dtype != dtype:
+        raise ValueError(f"{name}: expected type {dtype}, got {x.dtype}")
+    if x.device != device:
+        raise ValueError(f"{name}: expected device {device} as q's, got {x.device}")
+    if x.dim() > len(shape) or any(a not in (1, b) for a, b in zip(reversed(x.shape), reversed(shape))):
+        raise ValueError(f"{name}: expected a shape broadcastable to {tuple(shape)}, got {tuple(x.shape)}")

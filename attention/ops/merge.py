@@ -9,17 +9,18 @@ from torch import Tensor
 def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Attention over the union of disjoint key sets, from the `(out, lse)` of each.
 
-    out [..., Nq, Dv], lse [..., Nq] natural log -> (out in the parts' type, lse). With L = logsumexp of the lse,
-    out = sum of exp(lse_i - L) out_i. Computed in at least float32; differentiable in all parts. A query that meets
-    nobody in any part (all lse -inf) gets (0, -inf) and zero gradients. Raises ValueError where parts do not match.
+    out [..., Nq, Dv], lse [..., Nq] natural log -> (out in the parts' type, lse). With L = logsumexp of the lse:
+    out = sum of exp(lse_i - L) out_i, computed in at least float32, differentiable in all parts. A query that
+    meets nobody in any part (all lse -inf) gets (0, -inf) and zero gradients. Raises ValueError where the shapes
+    of the parts differ.
     """
     if not parts:
         raise ValueError("parts: expected at least one (out, lse), got none")
     for i, (out, lse) in enumerate(parts):
         if out.shape != parts[0][0].shape or lse.shape != out.shape[:-1]:
             raise ValueError(
-                f"parts[{i}]: expected out {tuple(parts[0][0].shape)} and lse {tuple(parts[0][0].shape[:-1])}, "
-                f"got {tuple(out.shape)} and {tuple(lse.shape)}"
+                f"parts[{i}]: expected shapes {tuple(parts[0][0].shape)} and {tuple(parts[0][1].shape)} "
+                f"as in parts[0], got {tuple(out.shape)} and {tuple(lse.shape)}"
             )
     outs = torch.stack([out for out, _ in parts])
     wide = torch.promote_types(torch.promote_types(outs.dtype, parts[0][1].dtype), torch.float32)
