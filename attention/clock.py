@@ -22,7 +22,7 @@ class Stream:
     """How far a state has come: the time of its next token, and when each row's document began."""
 
     now: int
-    start_B: Tensor
+    start_B: Tensor  # noqa: N815 - a shape suffix
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Clock:
         return self.time - self.position
 
     @property
-    def first_start_B(self) -> Tensor:
+    def first_start_B(self) -> Tensor:  # noqa: N802 - a shape suffix
         """[B or 1]: when the first document among the new tokens begins; FOREVER if none does."""
         return torch.where(self.position == 0, self.time, FOREVER).amin(1)
 

@@ -31,7 +31,7 @@ def environment() -> dict[str, Any]:
 def alternated(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
     """Median seconds of each run; one warm-up each, then in turn, so that a drift of the machine meets all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for name, run in runs.items():
+    for run in runs.values():
         run()
     for _ in range(repeats):
         for name, run in runs.items():

@@ -1,7 +1,8 @@
 """The command line. Each verb is one function here that calls the library and prints; nothing else happens here.
 
-Exit codes: 0 done, 2 the user's mistake, 4 the answer is no (a leak, a damaged checkpoint, training gave up), 75 stopped
-early with a checkpoint, 130 interrupted; others are crashes. With --json one JSON object goes to stdout and all else to stderr.
+Exit codes: 0 done, 2 the user's mistake, 4 the answer is no (a leak, a damaged checkpoint, training gave up), 75
+stopped early with a checkpoint, 130 interrupted; others are crashes. With --json one JSON object goes to stdout and
+all else to stderr.
 """
 
 from __future__ import annotations
@@ -69,15 +70,41 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
         return sub
 
-    _add_train(verb("train", _train, "train a model, or go on training it", "demo", "demo run.dir=runs/wide model.dim=256"))
-    _add_eval(verb("eval", _eval, "score a text with a trained model", "runs/demo", "runs/demo --on text:all --path book.txt --json"))
-    _add_generate(verb("generate", _generate, "let a trained model write", 'runs/demo --prompt "def "', "runs/demo --temperature 0 --length 200"))
-    _add_inspect(verb("inspect", _inspect, "what a model costs, without making it", "demo", "demo model.pattern=far --json"))
+    _add_train(
+        verb("train", _train, "train a model, or go on training it", "demo", "demo run.dir=runs/wide model.dim=256")
+    )
+    _add_eval(
+        verb(
+            "eval",
+            _eval,
+            "score a text with a trained model",
+            "runs/demo",
+            "runs/demo --on text:all --path book.txt --json",
+        )
+    )
+    _add_generate(
+        verb(
+            "generate",
+            _generate,
+            "let a trained model write",
+            'runs/demo --prompt "def "',
+            "runs/demo --temperature 0 --length 200",
+        )
+    )
+    _add_inspect(
+        verb("inspect", _inspect, "what a model costs, without making it", "demo", "demo model.pattern=far --json")
+    )
     _add_audit(verb("audit", _audit, "whether a model sees the future", "demo", "runs/demo --json"))
     listing = verb("list", _list, "the mixers and what they cost", "", "--length 65536 --json")
     listing.add_argument("--length", type=_positive, default=8192, help="tokens at which costs are stated (8192)")
     listing.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    check = verb("checkpoint", _checkpoint, "whether a checkpoint is intact", "verify runs/demo", "verify runs/demo/checkpoints/step-300")
+    check = verb(
+        "checkpoint",
+        _checkpoint,
+        "whether a checkpoint is intact",
+        "verify runs/demo",
+        "verify runs/demo/checkpoints/step-300",
+    )
     check.add_argument("action", choices=["verify"])
     check.add_argument("path", type=Path, help="a checkpoint, or a run: all of its checkpoints")
     return parser, dict(verbs.choices)
@@ -98,7 +125,9 @@ def _add_config(sub: argparse.ArgumentParser, what: str) -> None:
 def _add_train(sub: argparse.ArgumentParser) -> None:
     _add_config(sub, "a YAML file, or the name of a shipped configuration (demo, enwik8/local)")
     sub.add_argument("--resume", type=Path, metavar="CHECKPOINT", help="start run.dir from this checkpoint")
-    sub.add_argument("--fresh", action="store_true", help="if all checkpoints of run.dir are damaged, begin again beside them")
+    sub.add_argument(
+        "--fresh", action="store_true", help="if all checkpoints of run.dir are damaged, begin again beside them"
+    )
 
 
 def _add_eval(sub: argparse.ArgumentParser) -> None:
@@ -134,11 +163,10 @@ def _add_audit(sub: argparse.ArgumentParser) -> None:
 
 def _train(arguments: argparse.Namespace) -> int:
     from lmtrain.config import load
-    from lmtrain.setup import check_data, check_disk, check_run_folder
+    from lmtrain.setup import CHECKS
     from lmtrain.train import train
 
-    checks = (check_data, check_run_folder, check_disk)
-    config = load(arguments.config, arguments.overrides, checks=checks)
+    config = load(arguments.config, arguments.overrides, checks=CHECKS)
     return train(config, resume=arguments.resume, fresh=arguments.fresh)
 
 
@@ -152,14 +180,15 @@ def _eval(arguments: argparse.Namespace) -> int:
     restored = open_run(arguments.run_dir)
     config = restored.config
     dataset = read_split(config, restored.tokenizer, arguments.on, arguments.path)
+    how: dict[str, Any] = {"documents": config.data.documents, "autocast": restored.autocast}
     if arguments.carry:
-        result = evaluate_carried(restored.model, dataset, seq_len=config.data.seq_len, documents=config.data.documents)
+        result = evaluate_carried(restored.model, dataset, seq_len=config.data.seq_len, **how)
     else:
         context = arguments.context or config.eval_context
         stride = arguments.stride or (config.eval.stride if arguments.context is None else None) or context
-        result = evaluate(restored.model, dataset, context=context, stride=stride, documents=config.data.documents)
-    kept = write_result(restored.run, result, checkpoint=restored.checkpoint, step=restored.step)
+        result = evaluate(restored.model, dataset, context=context, stride=stride, **how)
     _show(arguments, lambda: result.to_json(restored.checkpoint, restored.step), lambda: format_result(result))
+    kept = write_result(restored.run, result, checkpoint=restored.checkpoint, step=restored.step)
     print(f"kept in {kept}", file=sys.stderr)
     return 0
 
@@ -183,6 +212,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     for text in printable(pieces):
         print(text, end="", flush=True)
     print()
+    print(pieces.report(), file=sys.stderr)
     return 0
 
 

@@ -10,7 +10,9 @@ from typing import Any
 class Board:
     """Writes scalars under `folder`; `complain` is told once if writing fails."""
 
-    def __init__(self, folder: Path, complain: Callable[[str], None], enabled: bool = True, purge_step: int = 0) -> None:
+    def __init__(
+        self, folder: Path, complain: Callable[[str], None], enabled: bool = True, purge_step: int = 0
+    ) -> None:
         self._complain = complain
         self._writer: Any = None
         if enabled:

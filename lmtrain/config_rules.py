@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import torch
-
+from attention.divisors import nearest_divisors
 from attention.mixer import MIXERS, nearest
 from lmtrain.config_schema import BYTE_VOCABULARY, Config
-from attention.divisors import nearest_divisors
 from lmtrain.problems import Problem
 
 
@@ -99,13 +97,6 @@ def _whole_micro_batches(config: Config, ranks: int) -> str | None:
         f"does not divide the {sequences} sequences of a step "
         f"(train.batch_tokens / data.seq_len / ranks {ranks}); nearest: {near}"
     )
-
-
-@rule("train.dtype")
-def _half_precision(config: Config, ranks: int) -> str | None:
-    if config.train.dtype != "float16" or torch.cuda.is_available():
-        return None
-    return "needs a CUDA device, and none is here: CPUs have no fast float16; use bfloat16 or float32"
 
 
 @rule("eval.stride", "eval.context", "data.seq_len")

@@ -6,9 +6,10 @@ Shapes: B batch, T tokens, D model width, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from attention.clock import Stream, read_clock
-from attention.mixer import Context, Cost, Mixer, MixerOutput, build, init_fan_in, parameter_count, residual_output
+from attention.mixer import (
+    Context,
+    Cost,
+    Mixer,
+    MixerOutput,
+    build,
+    init_fan_in,
+    parameter_count,
+    residual_output,
+)
 from lmtrain.config import ModelConfig
 from lmtrain.loss import linear_cross_entropy
 
@@ -82,9 +92,13 @@ class Block(nn.Module):
         x_BTD = x_BTD + self.dropout(mixed)
         return MixerOutput(x_BTD + self.dropout(self.ffn(self.ffn_norm(x_BTD))), losses)
 
+    def items(self) -> Iterable[tuple[str, Mixer]]:
+        """The mixers side by side, by their names in the pattern."""
+        return cast(Iterable[tuple[str, Mixer]], self.mixers.items())
+
     def mix(self, x_BTD: Tensor, ctx: Context, state: dict[str, Any] | None) -> MixerOutput:
         """The sum of the mixers' outputs, and of their losses by name."""
-        outputs = [mixer(x_BTD, ctx, None if state is None else state[n]) for n, mixer in self.mixers.items()]
+        outputs = [mixer(x_BTD, ctx, None if state is None else state[n]) for n, mixer in self.items()]
         losses: dict[str, Tensor] = {}
         for output in outputs:
             add_losses(losses, output.losses)
@@ -164,7 +178,9 @@ class DecoderLM(nn.Module):
         hidden_BTD, _ = self.hidden(tokens, ctx, state)
         return F.linear(hidden_BTD, self.head_weight)
 
-    def loss(self, tokens: Tensor, labels: Tensor, ctx: Context | None = None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def loss(
+        self, tokens: Tensor, labels: Tensor, ctx: Context | None = None
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Sum of -ln p (nats) over the labels [B, T] that are not -100, their number, and auxiliary losses.
 
         The logits of the whole sequence never exist at once.
@@ -180,7 +196,7 @@ class DecoderLM(nn.Module):
         if ctx.initial is None:
             ctx = dataclasses.replace(ctx, initial=F.rms_norm(x_BTD, x_BTD.shape[-1:]))
         losses: dict[str, Tensor] = {}
-        for layer, block in enumerate(self.blocks):
+        for layer, block in enumerate(self.layers):
             if self.activation_checkpointing and torch.is_grad_enabled() and state is None:
                 x_BTD, added = checkpoint(block, x_BTD, ctx, use_reentrant=False)
             else:
@@ -205,6 +221,11 @@ class DecoderLM(nn.Module):
         return x_BTD + self.positions(clock.position)
 
     @property
+    def layers(self) -> list[Block]:
+        """The blocks, in order."""
+        return cast(list[Block], list(self.blocks))
+
+    @property
     def head_weight(self) -> Tensor:
         """[V, D]: maps the hidden state to logits."""
         return self.embedding.weight if self.head is None else self.head.weight
@@ -212,8 +233,7 @@ class DecoderLM(nn.Module):
     def init_state(self, batch: int, limit: int | None = None) -> ModelState:
         """An empty state for `batch` sequences; no key in it outlives `limit` tokens (`Mixer.init_state`)."""
         layers = [
-            {name: mixer.init_state(batch, limit) for name, mixer in block.mixers.items()}
-            for block in self.blocks
+            {name: mixer.init_state(batch, limit) for name, mixer in block.mixers.items()} for block in self.blocks
         ]
         start = torch.zeros(batch, dtype=torch.int64, device=self.embedding.weight.device)
         return ModelState(layers, Stream(0, start))
@@ -221,20 +241,20 @@ class DecoderLM(nn.Module):
     @property
     def causality(self) -> str:
         """`strict`, or `selects_ahead` if any mixer's selection sees later tokens."""
-        kinds = {mixer.causality for block in self.blocks for mixer in block.mixers.values()}
+        kinds = {mixer.causality for block in self.layers for _, mixer in block.items()}
         return "selects_ahead" if "selects_ahead" in kinds else "strict"
 
     def after_step(self, skipped: bool = False) -> None:
         """Let the mixers move what they learn online; see `Mixer.after_step`."""
-        for block in self.blocks:
-            for mixer in block.mixers.values():
+        for block in self.layers:
+            for _, mixer in block.items():
                 mixer.after_step(skipped)
 
     def layer_costs(self, length: int) -> list[dict[str, Cost]]:
         """For each layer the cost of each mixer, and of the feed-forward layer as `ffn`, at `length` tokens."""
         costs = []
-        for block in self.blocks:
-            of_layer = {name: mixer.cost(length) for name, mixer in block.mixers.items()}
+        for block in self.layers:
+            of_layer = {name: mixer.cost(length) for name, mixer in block.items()}
             matrices = sum(p.numel() for p in block.ffn.parameters())
             of_layer["ffn"] = Cost(matrices, 2 * length * matrices, 0, 0)
             costs.append(of_layer)

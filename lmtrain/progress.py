@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TextIO
 
@@ -41,18 +42,32 @@ class Progress:
             self._shown = 0
 
 
-def step_line(row: dict[str, Any], *, steps: int, bits_per_byte: float, flops: float, memory: float, eta: float) -> str:
-    """One line about a training step. flops: per second; memory: bytes; eta: seconds; row: see `metrics.jsonl`."""
+@dataclass(frozen=True)
+class Pace:
+    """What a line says beyond the row: flops per second, and the most the device reaches if that is known; bytes of
+    memory; seconds left."""
+
+    steps: int
+    bits_per_byte: float
+    flops: float
+    peak_flops: float | None
+    memory: float
+    seconds_left: float
+
+
+def step_line(row: dict[str, Any], pace: Pace) -> str:
+    """One line about a training step; row: see `metrics.jsonl`."""
+    used = f"{pace.flops / pace.peak_flops:.0%} mfu" if pace.peak_flops else f"{si(pace.flops)}FLOP/s"
     parts = [
-        f"step {row['step']}/{steps}",
+        f"step {row['step']}/{pace.steps}",
         f"loss {row['loss']:.4f}",
-        f"{bits_per_byte:.3f} bpb",
+        f"{pace.bits_per_byte:.3f} bpb",
         f"lr {row['lr']:.1e}",
         f"|g| {row['grad_norm']:.2f}",
         f"{si(row['tokens_per_second'])} tok/s",
-        f"{si(flops)}FLOP/s",
-        f"{memory / 1e9:.1f} GB",
-        f"eta {timedelta(seconds=round(eta))}",
+        used,
+        f"{pace.memory / 1e9:.1f} GB",
+        f"eta {timedelta(seconds=round(pace.seconds_left))}",
     ]
     if row["skipped"]:
         parts.append(f"skipped {row['skipped']}")

@@ -2,8 +2,10 @@
 
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from data.tokenizer import Tokenizer, from_json
 from lmtrain import checkpoint as checkpoints
@@ -13,6 +15,7 @@ from lmtrain.manifest import STEP_FOLDER
 from lmtrain.model import DecoderLM
 from lmtrain.setup import build_data, build_model, pick_device, with_vocabulary
 from lmtrain.shelf import candidates
+from parallel.engine import DTYPES, autocast
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,10 @@ class Restored:
     checkpoint: Path
     step: int
     fingerprint: str | None
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision that the model was trained in."""
+        return autocast(next(self.model.parameters()).device, DTYPES[self.config.train.dtype])
 
 
 def open_run(

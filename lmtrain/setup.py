@@ -41,9 +41,7 @@ def build_data(config: Config) -> Data:
     """Read and tokenize what the configuration names, or take it from the cache. ValueError if it cannot be."""
     corpus = load_corpus(config.data.corpus, config.data.path, config.data.validation)
     tokenizer = build_tokenizer(config.data.tokenizer, corpus.split("train"))
-    train, validation = (
-        prepare(corpus, split, tokenizer, config.data.cache) for split in ("train", "validation")
-    )
+    train, validation = (prepare(corpus, split, tokenizer, config.data.cache) for split in ("train", "validation"))
     return Data(tokenizer, train, validation)
 
 
@@ -54,9 +52,7 @@ def read_split(config: Config, tokenizer: Tokenizer, on: str | None, path: str |
     """
     name, _, split = (on or config.data.corpus).partition(":")
     own = name == config.data.corpus and path is None
-    corpus = load_corpus(
-        name, config.data.path if own else path, config.data.validation if own else DEFAULT_VALIDATION
-    )
+    corpus = load_corpus(name, config.data.path if own else path, config.data.validation if own else DEFAULT_VALIDATION)
     return prepare(corpus, split or "validation", tokenizer, config.data.cache)
 
 
@@ -131,6 +127,14 @@ def check_data(config: Config) -> list[Problem]:
     return found
 
 
+def check_device(config: Config) -> list[Problem]:
+    """Whether this machine trains in the precision that was asked for."""
+    if config.train.dtype != "float16" or torch.cuda.is_available():
+        return []
+    message = "needs a CUDA device, and none is here: CPUs have no fast float16; use bfloat16 or float32"
+    return [Problem("", "train.dtype", message)]
+
+
 def check_disk(config: Config) -> list[Problem]:
     """Whether the checkpoints fit on the disk of run.dir."""
     if config.model.vocab_size is None:
@@ -154,6 +158,10 @@ def check_run_folder(config: Config) -> list[Problem]:
         for key, old, new in differences(reload(folder), config, FREE_TO_CHANGE)
         if key != "model.vocab_size" or new is not None
     ]
+
+
+CHECKS = (check_data, check_device, check_run_folder, check_disk)
+"""All that is checked before training, beside the configuration itself."""
 
 
 def _problem(error: ValueError, key: str) -> Problem:

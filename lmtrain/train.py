@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import resource
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -22,14 +20,25 @@ import torch
 from attention.mixer import Context, parameter_count
 from data.loader import Batch, Loader
 from data.shards import TokenDataset
-from lmtrain import checkpoint, config as configuration, fault
+from lmtrain import checkpoint, fault
+from lmtrain import config as configuration
 from lmtrain.board import Board
 from lmtrain.config import Config
 from lmtrain.evaluate import Evaluation, EvaluationStopped, evaluate
-from lmtrain.progress import Progress, step_line
+from lmtrain.hardware import peak_flops, peak_memory
+from lmtrain.progress import Pace, Progress, step_line
 from lmtrain.run import RunDirectory
 from lmtrain.schedule import learning_rate
-from lmtrain.setup import FREE_TO_CHANGE, Data, build_data, build_engine, build_model, pick_device, run_folder, with_vocabulary
+from lmtrain.setup import (
+    FREE_TO_CHANGE,
+    Data,
+    build_data,
+    build_engine,
+    build_model,
+    pick_device,
+    run_folder,
+    with_vocabulary,
+)
 from lmtrain.signals import StopRequest
 from parallel.engine import StepInfo
 
@@ -75,6 +84,7 @@ class Training:
         self.seconds = Stopwatch()
         sequences = config.batch_sequences
         self.step_flops = 3 * self.model.cost(config.data.seq_len).flops * sequences
+        self.peak_flops = peak_flops(self.device, config.train.dtype)
         self.board: Board | None = None
 
     def go(self, resume: Path | None, fresh: bool) -> int:
@@ -134,43 +144,42 @@ class Training:
             self._save()
 
     def _log(self, info: StepInfo, crc: int) -> None:
-        every = self.config.log.every
-        logged = self.step % every == 0 or self.step in (1, self.config.train.steps) or info.skipped
-        steps_timed, seconds = self.seconds.laps, self.seconds.total
-        row = {
+        """The progress line of this step; every `log.every` steps also its row, and the board's scalars."""
+        config = self.config
+        logged = self.step % config.log.every == 0 or self.step in (1, config.train.steps) or info.skipped
+        steps_per_second = self.seconds.laps / self.seconds.total
+        row: dict[str, Any] = {
             "step": self.step,
             "tokens": self.tokens,
             "loss": info.loss,
             "lr": info.lr,
             "grad_norm": info.grad_norm,
-            "tokens_per_second": self.config.train.batch_tokens * steps_timed / seconds,
+            "tokens_per_second": config.train.batch_tokens * steps_per_second,
             "skipped": self.skipped,
             "batch": crc,
         }
         if info.auxiliary:
             row["auxiliary"] = info.auxiliary
-        speed = steps_timed / seconds
-        bpb = bits_per_byte(info.loss, self.data.train)
-        line = step_line(
-            row,
-            steps=self.config.train.steps,
-            bits_per_byte=bpb,
-            flops=self.step_flops * speed,
+        seen = Pace(
+            steps=config.train.steps,
+            bits_per_byte=bits_per_byte(info.loss, self.data.train),
+            flops=self.step_flops * steps_per_second,
+            peak_flops=self.peak_flops,
             memory=peak_memory(self.device),
-            eta=(self.config.train.steps - self.step) / speed,
+            seconds_left=(config.train.steps - self.step) / steps_per_second,
         )
-        self.progress.update(line, logged)
+        self.progress.update(step_line(row, seen), logged)
         if not logged:
             return
         self.run.log_metrics(row)
-        train_scalars = {f"train/{key}": float(row[key]) for key in ("loss", "lr", "grad_norm", "tokens", "skipped")}
-        perf = {"perf/tokens_per_second": row["tokens_per_second"], "perf/memory": float(peak_memory(self.device))}
-        self._scalars({**train_scalars, "train/bpb": bpb, **perf})
+        scalars = {f"train/{key}": row[key] for key in ("loss", "lr", "grad_norm", "tokens", "skipped")}
+        scalars |= {"train/bpb": seen.bits_per_byte, "perf/tokens_per_second": row["tokens_per_second"]}
+        scalars |= {"perf/memory": seen.memory, "perf/flops": seen.flops}
+        self._scalars(scalars)
         self.seconds.reset()
 
     def _evaluate(self) -> Evaluation:
         """Score the beginning of the validation split; the row and the board get the numbers."""
-        self.model.eval()
         result = evaluate(
             self.model,
             self.data.validation,
@@ -181,13 +190,14 @@ class Training:
             autocast=self.engine.autocast,
             should_stop=lambda: bool(self.stop),
         )
-        self.model.train()
         protocol = result.protocol
         row = {"step": self.step, "tokens": self.tokens, "split": protocol.split, "loss": result.loss}
         row |= {"bits_per_byte": result.bits_per_byte, "scored_tokens": result.scored_tokens}
         row |= {"context": protocol.context, "stride": protocol.stride, "scoring": protocol.scoring}
         self.run.log_metrics(row)
-        self._scalars({f"eval/{protocol.corpus}/loss": result.loss, f"eval/{protocol.corpus}/bpb": result.bits_per_byte})
+        self._scalars(
+            {f"eval/{protocol.corpus}/loss": result.loss, f"eval/{protocol.corpus}/bpb": result.bits_per_byte}
+        )
         self.progress.note(
             f"step {self.step}: validation loss {result.loss:.4f}, {result.bits_per_byte:.4f} bits per byte "
             f"({result.scored_tokens:,} tokens of {protocol.corpus}, {protocol.scoring}, context {protocol.context}, "
@@ -224,7 +234,10 @@ class Training:
         self.saved_step = self.step
         self.run.event("save", step=self.step, path=path.name)
         self.run.set_status("running", step=self.step, checkpoint=path)
-        checkpoint.retain(self.run.checkpoints, self.config.checkpoint.keep)
+        try:
+            checkpoint.retain(self.run.checkpoints, self.config.checkpoint.keep)
+        except OSError as error:
+            self._complain(f"old checkpoints could not be removed: {error}")
         return True
 
     def _restore(self, resume: Path | None, fresh: bool) -> str:
@@ -386,14 +399,6 @@ def _free(key: str) -> bool:
 def bits_per_byte(loss: float, dataset: TokenDataset) -> float:
     """Loss in nats per token as bits per byte, by the split's mean bytes per token."""
     return loss / math.log(2) * len(dataset.tokens) / dataset.bytes
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that this process has held (GPU: that torch has allocated there)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _to(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:

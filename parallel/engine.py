@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +28,22 @@ class StepInfo:
     skipped: bool
 
 
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """Matrix products in `dtype`; float32 as it is."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+class Model(Protocol):
+    """What an engine needs of a model, besides being a module."""
+
+    def loss(self, tokens: Tensor, labels: Tensor, ctx: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]: ...
+    def after_step(self, skipped: bool = False) -> None: ...
+
+
 class Optimizer(Protocol):
     """What an engine needs of an optimizer."""
 
-    def step(self, lr: float) -> None: ...
+    def step(self, lr: float) -> Any: ...
     def zero_grad(self) -> None: ...
     def state(self) -> dict[str, Tensor]: ...
     def load_state(self, state: dict[str, Tensor]) -> None: ...
@@ -96,7 +108,8 @@ class TorchEngine:
         self.device = device
         self.dtype = DTYPES[dtype]
         self.clip = clip
-        self._loss_fn = torch.compile(model.loss) if compile else model.loss  # type: ignore[operator]
+        self._as_model = cast(Model, model)
+        self._loss = torch.compile(self._as_model.loss) if compile else self._as_model.loss
         self._scale = LossScale(2.0**16 if self.dtype == torch.float16 else 1.0)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._reset()
@@ -107,9 +120,7 @@ class TorchEngine:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision of forward passes, for training and evaluation alike."""
-        if self.dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
+        return autocast(self.device, self.dtype)
 
     def forward_loss(self, tokens: Tensor, labels: Tensor, ctx: Any, step_tokens: int, seed: int) -> Tensor:
         """This micro-batch's share of the step's loss: sum of nats / `step_tokens` + auxiliary losses.
@@ -119,7 +130,7 @@ class TorchEngine:
         """
         torch.manual_seed(seed)
         with self.autocast():
-            total, count, auxiliary = self._loss_fn(tokens.to(self.device), labels.to(self.device), ctx)
+            total, count, auxiliary = self._loss(tokens.to(self.device), labels.to(self.device), ctx)
         loss = total / max(step_tokens, 1)
         self._loss_sum += loss.detach()
         if auxiliary:
@@ -147,7 +158,7 @@ class TorchEngine:
         if self.dtype == torch.float16:
             self._scale.update(finite)
         self.optimizer.zero_grad()
-        self.model.after_step(skipped=not finite)  # type: ignore[operator]
+        self._as_model.after_step(skipped=not finite)
         self._reset()
         return StepInfo(loss, auxiliary, grad_norm, lr, not finite)
 

@@ -109,7 +109,9 @@ def test_a_folder_that_another_process_is_writing(run: Path, capsys: pytest.Capt
 def test_eval_prints_one_json_object_and_keeps_it(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", str(run), "--context", "16", "--stride", "4", "--json"]) == 0
     row = json.loads(capsys.readouterr().out)
-    names = "corpus split bits_per_byte token_perplexity word_perplexity scored_tokens bytes words context stride scoring"
+    names = (
+        "corpus split bits_per_byte token_perplexity word_perplexity scored_tokens bytes words context stride scoring"
+    )
     for name in [*names.split(), "causality", "fingerprint", "checkpoint"]:
         assert name in row
     assert (row["context"], row["stride"], row["scoring"]) == (16, 4, "one-pass")
@@ -147,7 +149,9 @@ def test_inspect_audit_and_list(run: Path, capsys: pytest.CaptureFixture[str]) -
         assert capsys.readouterr().out
 
 
-def test_verify_names_what_is_damaged_and_exits_with_4(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_names_what_is_damaged_and_exits_with_4(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     import shutil
 
     assert main(["checkpoint", "verify", str(run)]) == 0
@@ -167,6 +171,10 @@ def test_a_users_own_data_py_does_not_shadow_ours(tmp_path: Path) -> None:
     (tmp_path / "data.py").write_text("raise SystemExit('shadowed')")
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
     done = subprocess.run(
-        [sys.executable, "-m", "lmtrain", "list", "--json"], cwd=tmp_path, env=environment, capture_output=True, text=True
+        [sys.executable, "-m", "lmtrain", "list", "--json"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr

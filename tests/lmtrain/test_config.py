@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from attention.divisors import divisors, largest_divisor, nearest_divisors
 from attention.mixer import MIXERS
 from lmtrain.config import (
     SECTIONS,
@@ -19,7 +20,6 @@ from lmtrain.config import (
     shipped_configs,
     to_dict,
 )
-from attention.divisors import divisors, largest_divisor, nearest_divisors
 
 SMALL = """\
 data: {corpus: stdlib, seq_len: 64}

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from lmtrain.config import Config, ConfigError, Problem, load
+from lmtrain.setup import check_device
 
 BASE = """\
 data:
@@ -100,7 +101,6 @@ RULES = [
     (["train.micro_batch=3"], "train.micro_batch=3: does not divide the 4 sequences of a step"),
     (["train.micro_batch=3"], "nearest: 2, 4"),
     (["train.micro_batch=8"], "nearest: 4"),
-    (["train.dtype=float16"], "train.dtype=float16: needs a CUDA device"),
     (["eval.stride=513"], "eval.stride=513: more than the context of 512"),
     (["eval.context=64", "eval.stride=65"], "eval.stride=65: more than the context of 64"),
     (["model.learned_positions=500"], "the position table is shorter than data.seq_len 512"),
@@ -138,9 +138,13 @@ def test_every_rule(overrides: list[str], expected: str, base: Path, monkeypatch
     assert expected in line
 
 
-def test_float16_is_for_a_gpu(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+def test_float16_trains_on_a_gpu_only_but_is_read_anywhere(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert load(base, ["train.dtype=float16"]).train.dtype == "float16"
+    with pytest.raises(ConfigError, match=r"train\.dtype=float16: needs a CUDA device"):
+        load(base, ["train.dtype=float16"], checks=[check_device])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    load(base, ["train.dtype=float16"], checks=[check_device])
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,7 @@ def test_resuming_from_something_damaged_never_starts_from_zero(undisturbed: Pat
     tiny.write(tmp_path)
     copy = shutil.copytree(undisturbed / "checkpoints/step-8", tmp_path / "step-8")
     _flip(copy / "optimizer.safetensors")
-    with pytest.raises(ValueError, match="optimizer.safetensors"):
+    with pytest.raises(ValueError, match=r"optimizer\.safetensors"):
         train(tiny.config(tmp_path), resume=copy)
     assert not list((tmp_path / "run/checkpoints").iterdir())
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from lmtrain.config import Config, load
-from lmtrain.setup import check_data, check_disk, check_run_folder
+from lmtrain.setup import CHECKS
 
 CONFIG = """
 data: {corpus: text, seq_len: 32}
@@ -41,7 +41,7 @@ def settings(folder: Path, *overrides: str) -> list[str]:
 def config(folder: Path, *overrides: str) -> Config:
     """The configuration, checked as the command line checks it."""
     path = folder / "tiny.yaml" if (folder / "tiny.yaml").exists() else write(folder)
-    return load(path, settings(folder, *overrides), checks=(check_data, check_run_folder, check_disk))
+    return load(path, settings(folder, *overrides), checks=CHECKS)
 
 
 def command(folder: Path, *words: str, fault: str = "") -> subprocess.Popen[str]:
