@@ -4,6 +4,7 @@ Gradients show no leak of a selection: they are zero through a discrete choice. 
 """
 
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +16,8 @@ from tests.conformance.sequences import Tokens, largest_difference
 
 
 @torch.no_grad()
-def check_future(mixer: Mixer, dim: int, length: int, rounding: float = 0.0) -> None:
-    """Point 2: whatever stands from a cut on, nothing before it changes; every cut, two other futures.
+def check_future(mixer: Mixer, dim: int, length: int, rounding: float = 0.0, cuts: Iterable[int] | None = None) -> None:
+    """Point 2: whatever stands from a cut on, nothing before it changes; every cut unless given, two futures.
 
     One of them is a hundred times larger, so that it wins every choice that it takes part in.
     """
@@ -24,12 +25,10 @@ def check_future(mixer: Mixer, dim: int, length: int, rounding: float = 0.0) -> 
     y = tokens.run(mixer)
     other = Tokens.random(2, length, dim, seed=2)
     for future in (other, Tokens(100.0 * other.vectors)):
-        for cut in range(1, length):
+        for cut in range(1, length) if cuts is None else cuts:
             changed = tokens.then(future, cut).run(mixer)
             difference = largest_difference(changed[:, :cut], y[:, :cut])
-            assert difference <= rounding, (
-                f"tokens from {cut} on change an earlier output by {difference:.1e}"
-            )
+            assert difference <= rounding, f"tokens from {cut} on change an earlier output by {difference:.1e}"
 
 
 @torch.no_grad()
@@ -40,9 +39,7 @@ def check_prefixes(mixer: Mixer, dim: int, length: int) -> None:
     for stop in range(1, length + 1):
         last = tokens.part(0, stop).run(mixer)[:, -1]
         difference = largest_difference(last, y[:, stop - 1])
-        assert difference < 1e-12, (
-            f"a prefix of {stop} tokens ends {difference:.1e} off the one pass"
-        )
+        assert difference < 1e-12, f"a prefix of {stop} tokens ends {difference:.1e} off the one pass"
 
 
 VOCABULARY, LENGTH = 4, 32
@@ -57,9 +54,7 @@ def check_entropy_floor(config: ModelConfig, steps: int) -> tuple[float, float]:
     model = train_on_noise(config, steps)
     loss, error = loss_on_noise(model)
     floor = math.log(VOCABULARY)
-    assert loss >= floor - 3 * error - 1e-6, (
-        f"loss {loss:.4f} +- {error:.4f} lies below ln {VOCABULARY} = {floor:.4f}"
-    )
+    assert loss >= floor - 3 * error - 1e-6, f"loss {loss:.4f} +- {error:.4f} lies below ln {VOCABULARY} = {floor:.4f}"
     return loss, error
 
 

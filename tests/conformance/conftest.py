@@ -20,9 +20,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def _subjects(kind: str) -> list:
     if missing(kind):
         return [pytest.param(Subject(kind, Case()), id=kind)]
-    return [
-        pytest.param(Subject(kind, case), id=f"{kind} {name}") for name, case in load(kind).cases().items()
-    ]
+    return [pytest.param(Subject(kind, case), id=f"{kind} {name}") for name, case in load(kind).cases().items()]
 
 
 def _with_oracle(request: pytest.FixtureRequest) -> Subject:

@@ -75,11 +75,7 @@ class Packing:
 
     def spans(self) -> list[tuple[int, int, int]]:
         """(row, start, stop) of every document."""
-        return [
-            (r, sum(row[:i]), sum(row[: i + 1]))
-            for r, row in enumerate(self.lengths)
-            for i in range(len(row))
-        ]
+        return [(r, sum(row[:i]), sum(row[: i + 1])) for r, row in enumerate(self.lengths) for i in range(len(row))]
 
     def part(self, start: int, stop: int, *names: str) -> dict[str, Tensor]:
         """The fields called `names` for tokens start..stop-1, as the context of those tokens says them."""

@@ -23,6 +23,11 @@ def test_the_future_changes_nothing(subject: Subject, training: bool, trained: b
     check_future(mixer.train(training), subject.case.dim, 17, subject.rounding)
 
 
+def test_the_future_changes_nothing_over_many_tiles(subject: Subject) -> None:
+    cuts = [1, 64, 65, 127, 128, 129, 192, 250]
+    check_future(subject.mixer(), subject.case.dim, 300, subject.rounding, cuts)
+
+
 @pytest.mark.parametrize("trained", [False, True], ids=["untrained", "trained"])
 def test_a_prefix_is_enough(subject: Subject, trained: bool) -> None:
     mixer = subject.mixer()

@@ -27,9 +27,7 @@ def test_equals_its_definition(subject: Subject, length: int) -> None:
     expected = subject.oracle.definition(mixer, tokens.x, tokens.ctx())
 
     assert largest_difference(y, expected) < 1e-10
-    for name, ours, theirs in zip(
-        ["input", *names], gradients(y, inputs), gradients(expected, inputs), strict=True
-    ):
+    for name, ours, theirs in zip(["input", *names], gradients(y, inputs), gradients(expected, inputs), strict=True):
         assert largest_difference(ours, theirs) < 1e-10 * max(1.0, float(theirs.abs().max())), name
 
 

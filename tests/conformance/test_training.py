@@ -16,9 +16,7 @@ def make_model(subject: Subject, checkpointing: bool = False) -> DecoderLM:
     """Two layers in float64, always with the same weights."""
     torch.manual_seed(3)
     mixers = {"it": {"kind": subject.kind, **subject.case.settings}}
-    config = ModelConfig(
-        dim=subject.case.dim, layers=2, ffn_dim=32, vocab_size=11, mixers=mixers, pattern="it"
-    )
+    config = ModelConfig(dim=subject.case.dim, layers=2, ffn_dim=32, vocab_size=11, mixers=mixers, pattern="it")
     model = DecoderLM(config).double()
     model.activation_checkpointing = checkpointing
     return model

@@ -14,9 +14,7 @@ def cases() -> dict[str, Case]:
         "gqa": Case({"heads": 6, "kv_heads": 2, "window": 8}),
         "odd window": Case({"heads": 2, "head_dim": 6, "rotary": 100.0, "window": 5}, dim=9),
         "window of one": Case({"heads": 2, "window": 1}, dim=8),
-        "mqa without rotary": Case(
-            {"heads": 3, "kv_heads": 1, "head_dim": 5, "rotary": 0.0, "window": 16}, dim=7
-        ),
+        "mqa without rotary": Case({"heads": 3, "kv_heads": 1, "head_dim": 5, "rotary": 0.0, "window": 16}, dim=7),
     }
 
 
