@@ -258,12 +258,7 @@ def _copy(model: DecoderLM) -> DecoderLM:
 
 def _mixers(model: DecoderLM) -> list[tuple[int, str, Mixer]]:
     """(layer, name in the pattern, mixer) of every mixer."""
-    found = []
-    for layer, block in enumerate(model.blocks):
-        for name, mixer in block.get_submodule("mixers").named_children():
-            assert isinstance(mixer, Mixer)
-            found.append((layer, name, mixer))
-    return found
+    return [(layer, name, mixer) for layer, block in enumerate(model.layers) for name, mixer in block.items()]
 
 
 class _Probe:
