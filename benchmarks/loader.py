@@ -1,8 +1,8 @@
 """Tokens per second of the data loader. Run: python benchmarks/loader.py [--tokens N] [--batch-tokens N]
 
-The goal is never to be what a run waits for: far above the 10^6 tokens per second of a small model on one GPU. Each
-row times optimizer steps as a training loop takes them, prefetch thread included, on random bytes in documents of
-20,000 tokens on average.
+The goal is never to be what a run waits for: far above the 10^6 tokens per second of a small model on one
+GPU. Each row times optimizer steps as a training loop takes them, prefetch thread included, on random bytes
+in documents of 20,000 tokens on average.
 """
 
 import argparse

@@ -38,9 +38,7 @@ class Corpus:
         if name not in self.splits:
             raise ValueError(f"corpus {self.name} has no split {name!r}; it has {', '.join(self.splits)}")
         if not self.splits[name].num_bytes:
-            raise ValueError(
-                f"corpus {self.name}: the text is too short, nothing is left for the split {name!r}"
-            )
+            raise ValueError(f"corpus {self.name}: the text is too short, nothing is left for the split {name!r}")
         return self.splits[name]
 
 
@@ -102,16 +100,12 @@ def stdlib(path: str | None, validation: str) -> Corpus:
     it leaves out what distributors ship apart or alter; and tests and generated tables.
     """
     if path is not None:
-        raise ValueError(
-            "data.path: the corpus `stdlib` finds its files itself; your own files are the corpus `text`"
-        )
+        raise ValueError("data.path: the corpus `stdlib` finds its files itself; your own files are the corpus `text`")
     root = Path(sysconfig.get_paths()["stdlib"])
     documents = whole_documents(sorted(_library_files(root)))
     if len(documents) < MANY_DOCUMENTS:
         version = platform.python_version()
-        raise ValueError(
-            f"data.corpus: Python {version} has no library sources in {root}; use the corpus `text`"
-        )
+        raise ValueError(f"data.corpus: Python {version} has no library sources in {root}; use the corpus `text`")
     return Corpus("stdlib", hold_out(documents, validation))
 
 
@@ -123,14 +117,8 @@ def _find_enwik8(path: str | None) -> Path:
     if file is None and path:
         raise ValueError(f"data.path: no file {path!r}{searched(path)}")
     if file is None:
-        near = sorted(
-            {file.name for folder in search_folders() for file in folder.glob("enwik8*") if file.is_file()}
-        )
-        hint = (
-            f"set data.path for {', '.join(near)}"
-            if near
-            else "get enwik8.zip (mattmahoney.net/dc) and unpack it"
-        )
+        near = sorted({file.name for folder in search_folders() for file in folder.glob("enwik8*") if file.is_file()})
+        hint = f"set data.path for {', '.join(near)}" if near else "get enwik8.zip (mattmahoney.net/dc) and unpack it"
         raise ValueError(f"data.corpus: no file {' or '.join(ENWIK8_FILES)}{searched('enwik8')}; {hint}")
     return file
 
@@ -148,21 +136,17 @@ def _short_size(size: int) -> str:
 
 _LIBRARY_LEFT_OUT = {
     # in packages of their own (Debian: idle, -distutils, -lib2to3, -tk, -venv), or gone since some version
-    *("distutils", "ensurepip", "idlelib", "lib2to3", "tkinter", "turtledemo", "venv"),
+    *("distutils", "ensurepip", "idlelib", "lib2to3", "macholib", "tkinter", "turtledemo", "venv"),
     # character tables, the text of help()
     *("encodings", "pydoc_data"),
     *("idle_test", "test", "tests"),
     # not Python's own
     *("__pycache__", "dist-packages", "lib-dynload", "site-packages"),
 }
-_MADE_BY_A_BUILD = ("_sysconfigdata", "config-", "sitecustomize", "usercustomize")
+_OF_ONE_BUILD = ("_distutils_system_mod", "_sysconfigdata", "config-", "sitecustomize", "usercustomize")
 
 
 def _library_files(root: Path) -> Iterator[Path]:
     for parent, children, files in os.walk(root):
-        children[:] = [
-            c for c in children if c not in _LIBRARY_LEFT_OUT and not c.startswith(_MADE_BY_A_BUILD)
-        ]
-        yield from (
-            Path(parent) / f for f in files if f.endswith(".py") and not f.startswith(_MADE_BY_A_BUILD)
-        )
+        children[:] = [c for c in children if c not in _LIBRARY_LEFT_OUT and not c.startswith(_OF_ONE_BUILD)]
+        yield from (Path(parent) / f for f in files if f.endswith(".py") and not f.startswith(_OF_ONE_BUILD))

@@ -19,9 +19,7 @@ from data.tokenizer import Tokenizer, encode_text, from_json, token_dtype, token
 
 VERSION = 1
 SHARD, DOCUMENTS, META = "shard-00000.bin", "documents.npy", "meta.json"
-FULL_CHECK_BYTES = (
-    1 << 28
-)  # up to here all tokens are hashed at each opening (0.2 s); beyond, samples are looked at
+FULL_CHECK_BYTES = 1 << 28  # up to here all tokens are hashed at each opening (0.2 s); beyond, samples are looked at
 SAMPLES, SAMPLE_TOKENS = 256, 1 << 12
 
 
@@ -143,9 +141,7 @@ def _map_tokens(path: Path, vocab_size: int, expected: dict[str, Any]) -> np.nda
     dtype = token_dtype(vocab_size)
     _check_file(path, expected)
     if expected["bytes"] != expected["tokens"] * dtype.itemsize:
-        raise ValueError(
-            f"{path}: damaged, {expected['bytes']} bytes are not {expected['tokens']} whole tokens"
-        )
+        raise ValueError(f"{path}: damaged, {expected['bytes']} bytes are not {expected['tokens']} whole tokens")
     tokens = np.memmap(path, dtype=dtype, mode="r")
     length, starts = len(tokens), np.zeros(1, dtype=np.int64)
     if tokens.nbytes > FULL_CHECK_BYTES:

@@ -41,9 +41,7 @@ class Document:
             while left:
                 block = file.read(min(CHUNK, left))
                 if not block:
-                    raise ValueError(
-                        f"{self.locate(self.num_bytes - left)}: the file ends {left} bytes too early"
-                    )
+                    raise ValueError(f"{self.locate(self.num_bytes - left)}: the file ends {left} bytes too early")
                 left -= len(block)
                 block = held + block
                 cut = character_start(block, len(block) - 1) if left else len(block)

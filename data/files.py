@@ -21,10 +21,7 @@ def find_files(path: str, key: str) -> list[Path]:
     are none.
     """
     for folder in search_folders():
-        found = {
-            same_file_key(file): file
-            for file in sorted(_meant(folder, os.path.expanduser(path)), reverse=True)
-        }
+        found = {same_file_key(file): file for file in sorted(_meant(folder, os.path.expanduser(path)), reverse=True)}
         if found:
             return sorted(found.values())
     raise ValueError(f"{key}: no file {path!r}{searched(path)}")

@@ -114,9 +114,7 @@ class Loader:
         )
 
 
-def document_bounds(
-    document_starts: np.ndarray, row_starts: np.ndarray, seq_len: int
-) -> tuple[np.ndarray, np.ndarray]:
+def document_bounds(document_starts: np.ndarray, row_starts: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
     """(positions, document_ends) int64 [b, T] of rows of `seq_len` tokens, as `Loader` defines them.
 
     document_starts int64 [D + 1], the last one the end of the stream; row_starts int64 [b].

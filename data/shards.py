@@ -27,9 +27,7 @@ def default_cache() -> Path:
     return Path(os.environ.get("LMTRAIN_CACHE") or "~/.cache/lmtrain").expanduser()
 
 
-def prepare(
-    corpus: Corpus, split: str, tokenizer: Tokenizer, cache_dir: str | Path | None = None
-) -> TokenDataset:
+def prepare(corpus: Corpus, split: str, tokenizer: Tokenizer, cache_dir: str | Path | None = None) -> TokenDataset:
     """The split in tokens: from the cache if it is there and intact, else made and cached.
 
     A damaged dataset in the cache is made anew, with a warning. Processes that need one at once make it once.
@@ -44,9 +42,7 @@ def prepare(
         return open_dataset(folder)
     with _cache_errors(cache, text, tokenizer), _locked(folder) as alone:
         if alone:
-            for abandoned in folder.parent.glob(
-                f"{_scratch_prefix(folder)}*"
-            ):  # by a process that was killed
+            for abandoned in folder.parent.glob(f"{_scratch_prefix(folder)}*"):  # by a process that was killed
                 shutil.rmtree(abandoned, ignore_errors=True)
         if not _intact(folder):  # else another process has just made it
             _make(folder, corpus.name, split, text, tokenizer)
