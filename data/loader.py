@@ -1,7 +1,7 @@
 """Batches of training windows: what a rank reads at each step, and what the model is told about it."""
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from itertools import count
 
@@ -80,7 +80,7 @@ class Loader:
         self.rank = rank
         self.world = world
 
-    def batches(self, first_sample: int) -> Iterator[list[Batch]]:
+    def batches(self, first_sample: int) -> Generator[list[Batch], None, None]:
         """This rank's micro-batches of one optimizer step after another, without end; a thread works ahead.
 
         first_sample: the data cursor, the number of samples that all steps before have read.

@@ -1,7 +1,7 @@
 """Work ahead of the consumer in a thread that ends with the iterator."""
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from queue import SimpleQueue
 from typing import TypeVar
 
@@ -9,7 +9,7 @@ Item = TypeVar("Item")
 _END = object()
 
 
-def prefetch(items: Iterable[Item], depth: int) -> Iterator[Item]:
+def prefetch(items: Iterable[Item], depth: int) -> Generator[Item, None, None]:
     """The items in their order, up to `depth` of them made ahead of time by a thread.
 
     The thread starts with the first item asked for and ends when the iterator is exhausted, closed or

@@ -128,9 +128,7 @@ def test_stdlib_is_text_of_this_python_alone() -> None:
     assert 0.05 < corpus.split("validation").num_bytes / corpus.split("all").num_bytes < 0.15
     parts = {name for document in corpus.split("all").documents for name in document.path.parts[-4:]}
     assert {"json", "argparse.py", "typing.py"} <= parts
-    assert (
-        not {"test", "tests", "site-packages", "dist-packages", "__pycache__", "idlelib", "tkinter"} & parts
-    )
+    assert not {"test", "tests", "site-packages", "dist-packages", "__pycache__", "idlelib", "tkinter"} & parts
 
 
 def test_stdlib_leaves_out_what_depends_on_the_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,21 +147,15 @@ def test_stdlib_leaves_out_what_depends_on_the_build(tmp_path: Path, monkeypatch
 
 def test_a_python_without_sources_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(tmp_path / "python311.zip")})
-    with pytest.raises(
-        ValueError, match=r"has no library sources in .*python311\.zip; use the corpus `text`"
-    ):
+    with pytest.raises(ValueError, match=r"has no library sources in .*python311\.zip; use the corpus `text`"):
         load_corpus("stdlib")
 
 
 def test_corpora_need_no_heavy_import() -> None:
     program = (
-        "import sys, data.corpus, data.shards\n"
-        "sys.exit(bool({'torch', 'datasets', 'tokenizers'} & set(sys.modules)))"
+        "import sys, data.corpus, data.shards\nsys.exit(bool({'torch', 'datasets', 'tokenizers'} & set(sys.modules)))"
     )
-    assert (
-        subprocess.run([sys.executable, "-c", program], cwd=Path(data.corpus.__file__).parents[1]).returncode
-        == 0
-    )
+    assert subprocess.run([sys.executable, "-c", program], cwd=Path(data.corpus.__file__).parents[1]).returncode == 0
 
 
 def test_tiny_shakespeare_has_the_split_of_nanogpt(shipped_data: Path) -> None:

@@ -123,9 +123,7 @@ def test_an_id_outside_the_vocabulary_is_named_with_the_offset(
     if not full_check:
         monkeypatch.setattr(data.dataset, "FULL_CHECK_BYTES", 0)
         monkeypatch.setattr(data.dataset, "SAMPLE_TOKENS", 2)
-    with pytest.raises(
-        ValueError, match=f"{SHARD}: damaged, the token at byte 9 is 3, but the vocabulary has 3"
-    ):
+    with pytest.raises(ValueError, match=f"{SHARD}: damaged, the token at byte 9 is 3, but the vocabulary has 3"):
         open_dataset(folder)
 
 
@@ -164,9 +162,7 @@ class Bomb:
 
 @pytest.mark.parametrize("name", [SHARD, DOCUMENTS, META])
 @pytest.mark.parametrize("wrapped", ["plain", "npy"])
-def test_nothing_in_a_file_is_executed(
-    written: Callable[..., Path], tmp_path: Path, name: str, wrapped: str
-) -> None:
+def test_nothing_in_a_file_is_executed(written: Callable[..., Path], tmp_path: Path, name: str, wrapped: str) -> None:
     folder = written(ByteTokenizer(), *TEXTS)
     trace = tmp_path / "executed"
     if wrapped == "plain":
@@ -182,8 +178,6 @@ def test_nothing_in_a_file_is_executed(
 def test_a_forged_header_claims_no_memory(written: Callable[..., Path]) -> None:
     folder = written(ByteTokenizer(), *TEXTS)
     with (folder / DOCUMENTS).open("wb") as file:
-        np.lib.format.write_array_header_1_0(
-            file, {"descr": "<i8", "fortran_order": False, "shape": (10**15,)}
-        )
+        np.lib.format.write_array_header_1_0(file, {"descr": "<i8", "fortran_order": False, "shape": (10**15,)})
     with pytest.raises(ValueError, match=DOCUMENTS):
         open_dataset(folder)

@@ -45,9 +45,7 @@ def test_a_document_is_a_range_of_its_file(tmp_path: Path) -> None:
 
 
 @given(st.binary(min_size=1, max_size=40))
-def test_bytes_that_are_no_text_pass_unchanged(
-    tmp_path_factory: pytest.TempPathFactory, content: bytes
-) -> None:
+def test_bytes_that_are_no_text_pass_unchanged(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     path = tmp_path_factory.mktemp("binary") / "file"
     path.write_bytes(content)
     with pytest.MonkeyPatch.context() as patch:

@@ -77,9 +77,7 @@ def test_home_is_understood(here: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_the_message_says_what_was_looked_for_where(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(
-        ValueError, match=r"data\.path: no file 'x\.txt' in .*with space \[1\] \(\$LMTRAIN_DATA is not"
-    ):
+    with pytest.raises(ValueError, match=r"data\.path: no file 'x\.txt' in .*with space \[1\] \(\$LMTRAIN_DATA is not"):
         find_files("x.txt", "data.path")
     monkeypatch.setenv("LMTRAIN_DATA", "/some/where")
     with pytest.raises(ValueError, match=r"data\.validation: no file 'x\.txt' in .* or /some/where$"):

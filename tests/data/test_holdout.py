@@ -34,9 +34,7 @@ def test_every_byte_is_in_exactly_one_of_train_and_validation(
 ) -> None:
     documents = write(tmp_path_factory.mktemp("texts"), texts)
     splits = hold_out(documents, share)
-    assert (
-        content(splits["train"]) + content(splits["validation"]) == content(splits["all"]) == b"".join(texts)
-    )
+    assert content(splits["train"]) + content(splits["validation"]) == content(splits["all"]) == b"".join(texts)
     content(splits["train"]).decode()  # no character is cut
     content(splits["validation"]).decode()
 
@@ -69,9 +67,7 @@ def test_many_documents_are_cut_at_the_nearest_border(tmp_path: Path) -> None:
     assert (splits["train"].num_bytes, splits["validation"].num_bytes) == (54, 6)
     splits = hold_out(whole_documents(sorted(tmp_path.iterdir())), "0.11")  # 53
     assert splits["train"].num_bytes == 54
-    splits = hold_out(
-        whole_documents(sorted(tmp_path.iterdir())), "0.001"
-    )  # 59; but a document must validate
+    splits = hold_out(whole_documents(sorted(tmp_path.iterdir())), "0.001")  # 59; but a document must validate
     assert splits["validation"].num_bytes == 3
 
 

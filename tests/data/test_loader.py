@@ -51,9 +51,7 @@ def test_a_batch_is_windows_of_the_text_with_the_next_tokens_as_labels(byte_data
 
 
 @pytest.mark.parametrize(("world", "micro_batch"), [(1, 12), (1, 1), (2, 3), (3, 2), (4, 3), (12, 1)])
-def test_a_step_reads_the_same_samples_on_any_world(
-    byte_dataset: Dataset, world: int, micro_batch: int
-) -> None:
+def test_a_step_reads_the_same_samples_on_any_world(byte_dataset: Dataset, world: int, micro_batch: int) -> None:
     dataset = byte_dataset(TEXT)
     expected = loader(dataset).step(24)
     ranks = [loader(dataset, world=world, rank=r, micro_batch=micro_batch).step(24) for r in range(world)]
@@ -169,13 +167,9 @@ def test_an_exception_while_reading_surfaces(byte_dataset: Dataset, monkeypatch:
 
 def test_settings_that_do_not_fit_are_refused(byte_dataset: Dataset) -> None:
     dataset = byte_dataset(b"only sixteen byt")
-    with pytest.raises(
-        ValueError, match=r"data\.seq_len: a window of 16 .* 17 tokens, but the training text has 16"
-    ):
+    with pytest.raises(ValueError, match=r"data\.seq_len: a window of 16 .* 17 tokens, but the training text has 16"):
         loader(dataset)
-    with pytest.raises(
-        ValueError, match=r"train\.micro_batch: 12 sequences .* micro-batches of 5 on 1 data ranks"
-    ):
+    with pytest.raises(ValueError, match=r"train\.micro_batch: 12 sequences .* micro-batches of 5 on 1 data ranks"):
         loader(dataset, seq_len=8, micro_batch=5)
     with pytest.raises(ValueError, match="micro-batches of 2 on 4 data ranks"):
         loader(dataset, seq_len=8, world=4)

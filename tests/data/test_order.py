@@ -123,9 +123,7 @@ def test_all_orders_of_four_windows_are_as_likely_as_six_rounds_can_make_them() 
         starts = SampleOrder(5 * 100, 100, seed).starts(np.arange(4 * epochs)).reshape(epochs, 4)
         for row in (starts // 100).tolist():
             counts[tuple(row)] += 1
-    chi_square = sum(
-        (counts[order] - 24 * epochs * p) ** 2 / (24 * epochs * p) for order, p in expected.items()
-    )
+    chi_square = sum((counts[order] - 24 * epochs * p) ** 2 / (24 * epochs * p) for order, p in expected.items())
     assert abs(chi_square - 23) < 4 * np.sqrt(2 * 23)  # 23 degrees of freedom: mean 23, variance 46
 
 
@@ -143,9 +141,7 @@ def test_every_window_comes_at_every_time_equally_often() -> None:
 def test_neighbours_in_time_are_no_neighbours_in_text() -> None:
     starts = SampleOrder(100_001 * 4, 4, seed=3).starts(np.arange(100_000)) // 4
     steps = np.abs(np.diff(starts)) / 100_000
-    assert (
-        abs(steps.mean() - 1 / 3) < 0.005
-    )  # the mean distance of two random points; its standard error is 0.0007
+    assert abs(steps.mean() - 1 / 3) < 0.005  # the mean distance of two random points; its standard error is 0.0007
     assert abs(np.corrcoef(starts[:-1], starts[1:])[0, 1]) < 0.015
 
 
@@ -179,9 +175,7 @@ def test_the_number_of_windows(num_tokens: int, windows: int) -> None:
 
 
 def test_text_shorter_than_a_window_is_refused_with_the_numbers() -> None:
-    with pytest.raises(
-        ValueError, match=r"data\.seq_len: a window of 8 .* 9 tokens, but the training text has 8"
-    ):
+    with pytest.raises(ValueError, match=r"data\.seq_len: a window of 8 .* 9 tokens, but the training text has 8"):
         SampleOrder(8, 8, seed=0)
     with pytest.raises(ValueError, match=r"data\.seq_len: must be at least 1, not 0"):
         SampleOrder(8, 0, seed=0)

@@ -59,14 +59,15 @@ def test_what_changes_the_tokens_makes_another_dataset(
     prepare(corpus, "train", ByteTokenizer(), cache)
     prepare(corpus, "validation", ByteTokenizer(), cache)
     prepare(corpus, "all", ByteTokenizer(), cache)
-    prepare(corpus, "all", CharacterTokenizer("".join(map(chr, range(128)))), cache)
+    for size in (128, 129):
+        prepare(corpus, "all", CharacterTokenizer("".join(map(chr, range(size)))), cache)
     prepare(
         load_corpus("text", str(corpus.split("all").documents[0].path.parent), "0.3"),
         "train",
         ByteTokenizer(),
         cache,
     )
-    assert len(datasets(cache)) == 5
+    assert len(datasets(cache)) == 6
     changed = corpus.split("all").documents[0].path
     changed.write_bytes(changed.read_bytes().upper())  # the same size
     dataset = prepare(corpus, "all", ByteTokenizer(), cache)
@@ -86,9 +87,7 @@ def test_the_fingerprint_does_not_depend_on_where_text_and_cache_are(
 
 @pytest.mark.parametrize("name", [SHARD, DOCUMENTS, META])
 @pytest.mark.parametrize("damage", ["flipped", "missing", "short"])
-def test_a_damaged_dataset_is_made_anew_with_a_warning(
-    corpus: Corpus, cache: Path, name: str, damage: str
-) -> None:
+def test_a_damaged_dataset_is_made_anew_with_a_warning(corpus: Corpus, cache: Path, name: str, damage: str) -> None:
     intact = prepare(corpus, "train", ByteTokenizer(), cache)
     (folder,) = datasets(cache)
     content = bytearray((folder / name).read_bytes())
@@ -138,9 +137,7 @@ KILLED = """
 
 
 @pytest.mark.parametrize("moment", ["in the shard", "before documents.npy", "at commit"])
-def test_a_killed_process_leaves_no_dataset_and_its_rest_is_removed(
-    corpus: Corpus, cache: Path, moment: str
-) -> None:
+def test_a_killed_process_leaves_no_dataset_and_its_rest_is_removed(corpus: Corpus, cache: Path, moment: str) -> None:
     texts = corpus.split("all").documents[0].path.parent
     assert run(KILLED, texts, cache, moment).returncode == -signal.SIGKILL
     (left,) = datasets(cache)
@@ -233,9 +230,7 @@ def test_a_full_disk_is_explained_and_leaves_nothing(tmp_path: Path, cache: Path
     assert datasets(cache) == []
 
 
-def test_a_read_only_cache_serves_what_is_in_it(
-    corpus: Corpus, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_read_only_cache_serves_what_is_in_it(corpus: Corpus, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = prepare(corpus, "all", ByteTokenizer(), cache)
 
     def refuse(self: Path, *arguments: object, **settings: object) -> None:

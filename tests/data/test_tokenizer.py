@@ -107,9 +107,7 @@ def test_characters_are_those_of_the_whole_training_text(
     assert tokenizer.to_json()["characters"] == "ab文🎈"
 
 
-def test_files_and_offsets_are_named(
-    text_corpus: Callable[..., Corpus], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_and_offsets_are_named(text_corpus: Callable[..., Corpus], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data.document, "CHUNK", 2)
     text = text_corpus(b"abcabc", b"abca\xffbc").split("all")
     with pytest.raises(ValueError, match=r"0001\.txt, byte 4: not UTF-8"):
