@@ -42,6 +42,15 @@ def test_decoding_equals_one_pass(subject: Subject, chunks: list[int], fields: t
     assert largest_difference(y, expected) < 1e-12
 
 
+def test_decoding_far_beyond_what_lives(subject: Subject) -> None:
+    """Long enough that dead keys are forgotten, again and again."""
+    mixer = subject.mixer().eval()
+    tokens = Tokens.random(2, 200, subject.case.dim)
+    y, _ = decode(mixer, tokens, [1] * 120 + [7] * 5 + [45])
+    with torch.no_grad():
+        assert largest_difference(y, tokens.run(mixer)) < 1e-12
+
+
 def test_training_goes_on_from_a_state(subject: Subject) -> None:
     """Segments of a stream: gradients reach the new tokens, and what is stored holds no graph."""
     mixer = subject.mixer()
