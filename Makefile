@@ -32,7 +32,7 @@ check: .venv/.ready  ## style and types
 	$(BIN)/mypy attention data parallel lmtrain launch
 
 docs: .venv/.ready  ## what is generated from the code
-	$(BIN)/python -m lmtrain.config_reference > docs/config.md
+	$(BIN)/python -m lmtrain.config.reference > docs/config.md
 
 clean:  ## remove what this file made, but no runs
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -246,7 +246,7 @@ def _list(arguments: argparse.Namespace) -> int:
 
 def _checkpoint(arguments: argparse.Namespace) -> int:
     from lmtrain.checkpoint import verify
-    from lmtrain.shelf import candidates
+    from lmtrain.checkpoint.shelf import candidates
 
     path: Path = arguments.path
     paths = candidates(path / "checkpoints") if (path / "checkpoints").is_dir() else [path]

@@ -138,9 +138,7 @@ class Evaluation:
         return re.sub(r"[^A-Za-z0-9_.-]", "_", f"{text}-{how}{part}")
 
 
-def write_result(
-    run: Path, evaluation: Evaluation, *, checkpoint: Path | None = None, step: int | None = None
-) -> Path:
+def write_result(run: Path, evaluation: Evaluation, *, checkpoint: Path | None = None, step: int | None = None) -> Path:
     """Writes the row as `run/eval/<text>-<protocol>[-step<N>].json`, whole or not at all."""
     name = evaluation.name if step is None else f"{evaluation.name}-step{step}"
     path = Path(run) / "eval" / f"{name}.json"

@@ -16,9 +16,7 @@ from functools import cache
 from typing import Any, NoReturn
 
 VARIABLE = "LMTRAIN_FAULT"
-_GRAMMAR = re.compile(
-    r"save:bytes=[0-9]+|save:before=(?:commit|latest|retention)|step=[0-9]+:(?:grad=nan|kill)"
-)
+_GRAMMAR = re.compile(r"save:bytes=[0-9]+|save:before=(?:commit|latest|retention)|step=[0-9]+:(?:grad=nan|kill)")
 _checkpoint_bytes = 0  # counted only while a `save:bytes` fault is set
 
 

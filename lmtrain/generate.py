@@ -79,17 +79,13 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
-            raise ValueError(
-                f"temperature must be 0 (always the likeliest token) or above, got {self.temperature}"
-            )
+            raise ValueError(f"temperature must be 0 (always the likeliest token) or above, got {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
         if self.temperature == 0 and not self.top_k == self.top_p is None:
-            raise ValueError(
-                "temperature 0 always takes the likeliest token: top_k and top_p would have no effect"
-            )
+            raise ValueError("temperature 0 always takes the likeliest token: top_k and top_p would have no effect")
 
     def draw(self, logits_V: Tensor, generator: torch.Generator) -> int:
         """One token id. ValueError if a logit is not finite."""
@@ -102,9 +98,7 @@ class Sampling:
     def probabilities(self, logits_V: Tensor) -> Tensor:
         """The distribution that a token is drawn from, float64 [V]; temperature above 0."""
         logits_V = logits_V.double()
-        sorted_V, order_V = torch.sort(
-            (logits_V - logits_V.max()) / self.temperature, descending=True, stable=True
-        )
+        sorted_V, order_V = torch.sort((logits_V - logits_V.max()) / self.temperature, descending=True, stable=True)
         if self.top_k is not None:
             sorted_V[self.top_k :] = -torch.inf
         p_V = sorted_V.softmax(0)

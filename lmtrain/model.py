@@ -232,9 +232,7 @@ class DecoderLM(nn.Module):
 
     def init_state(self, batch: int, limit: int | None = None) -> ModelState:
         """An empty state for `batch` sequences; no key in it outlives `limit` tokens (`Mixer.init_state`)."""
-        layers = [
-            {name: mixer.init_state(batch, limit) for name, mixer in block.items()} for block in self.layers
-        ]
+        layers = [{name: mixer.init_state(batch, limit) for name, mixer in block.items()} for block in self.layers]
         start = torch.zeros(batch, dtype=torch.int64, device=self.embedding.weight.device)
         return ModelState(layers, Stream(0, start))
 

@@ -10,11 +10,11 @@ from typing import Any
 from data.tokenizer import Tokenizer, from_json
 from lmtrain import checkpoint as checkpoints
 from lmtrain.checkpoint import Checkpoint
+from lmtrain.checkpoint.manifest import STEP_FOLDER
+from lmtrain.checkpoint.shelf import candidates
 from lmtrain.config import Config, load, reload
-from lmtrain.manifest import STEP_FOLDER
 from lmtrain.model import DecoderLM
 from lmtrain.setup import build_data, build_model, pick_device, with_vocabulary
-from lmtrain.shelf import candidates
 from parallel.engine import DTYPES, autocast
 
 
@@ -39,9 +39,7 @@ class Restored:
         return autocast(next(self.model.parameters()).device, DTYPES[self.config.train.dtype])
 
 
-def open_run(
-    path: str | Path, checkpoint: str | Path | None = None, overrides: Sequence[str] = ()
-) -> Restored:
+def open_run(path: str | Path, checkpoint: str | Path | None = None, overrides: Sequence[str] = ()) -> Restored:
     """The model of a run.
 
     path: the run's folder, or one of its checkpoints. checkpoint: one of the run by name (`step-250`), or
@@ -110,9 +108,7 @@ def _newest(run: Path) -> Path:
         return newest
     if rejected:
         raise ValueError(f"no checkpoint in {folder} verifies; the damaged ones are named above")
-    raise ValueError(
-        f"{run} has no checkpoint yet; training writes one every checkpoint.every steps and at its end"
-    )
+    raise ValueError(f"{run} has no checkpoint yet; training writes one every checkpoint.every steps and at its end")
 
 
 def _tokenizer(loaded: Checkpoint) -> Tokenizer:

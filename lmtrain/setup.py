@@ -12,9 +12,9 @@ from data.shards import TokenDataset, prepare
 from data.tokenizer import Tokenizer, build_tokenizer
 from lmtrain import checkpoint
 from lmtrain.config import Config, OptimizerConfig, differences, reload
+from lmtrain.config.problems import Problem
 from lmtrain.model import DecoderLM
 from lmtrain.optimizer import build_optimizer
-from lmtrain.problems import Problem
 from parallel.engine import TorchEngine
 
 FREE_TO_CHANGE = ("run.dir", "data.path", "data.cache", "train.threads", "log", "eval", "checkpoint")

@@ -86,9 +86,7 @@ def model(pattern: str, **settings: object) -> DecoderLM:
     mixers = {name: {"kind": name, **settings} for name in ("top", "mean", "forgetful", "rounding")}
     mixers["near"] = {"kind": "local", "heads": 2, "window": 8}
     return DecoderLM(
-        ModelConfig(
-            dim=16, layers=len(pattern.split()), vocab_size=23, ffn_dim=32, mixers=mixers, pattern=pattern
-        )
+        ModelConfig(dim=16, layers=len(pattern.split()), vocab_size=23, ffn_dim=32, mixers=mixers, pattern=pattern)
     )
 
 

@@ -35,9 +35,7 @@ def dataset_of(tokens, documents=(0,), token_bytes=(1, 2, 3), words=4) -> TokenD
 
 def random_dataset(length: int, vocabulary: int = 3, documents=(0,), seed: int = 0) -> TokenDataset:
     generator = np.random.default_rng(seed)
-    return dataset_of(
-        generator.integers(0, vocabulary, length), documents, generator.integers(1, 5, vocabulary)
-    )
+    return dataset_of(generator.integers(0, vocabulary, length), documents, generator.integers(1, 5, vocabulary))
 
 
 def bigram_model(table=BIGRAM) -> DecoderLM:
@@ -181,8 +179,7 @@ class TestEveryTargetOnce:
     def test_batch_size_does_not_change_the_number(self, stride):
         model = decoder("near+all")
         alone, together = (
-            evaluate(model, self.dataset, context=32, stride=stride, batch_tokens=tokens)
-            for tokens in (1, 10**6)
+            evaluate(model, self.dataset, context=32, stride=stride, batch_tokens=tokens) for tokens in (1, 10**6)
         )
         assert alone.nats == pytest.approx(together.nats, abs=1e-12 * 299)
         assert replace(alone, nats=0, by_position=()) == replace(together, nats=0, by_position=())
@@ -232,9 +229,7 @@ class TestPartAndDocuments:
         model, borders = decoder("all"), [0, 1, 31, 33, 80]
         dataset = random_dataset(80, documents=borders[:-1])
         whole = score(dataset, documents="reset")
-        parts = [
-            score(replace(dataset, tokens=dataset.tokens[a:b])) for a, b in [(1, 31), (31, 33), (33, 80)]
-        ]
+        parts = [score(replace(dataset, tokens=dataset.tokens[a:b])) for a, b in [(1, 31), (31, 33), (33, 80)]]
         assert whole.nats == pytest.approx(sum(part.nats for part in parts), abs=1e-12)
         assert whole.scored_tokens == 80 - 4
         assert whole.bytes == sum(part.bytes for part in parts)
@@ -360,9 +355,7 @@ class TestBehaviour:
     def test_autocast_is_used(self):
         model, dataset = decoder("all").float(), random_dataset(100)
         full = evaluate(model, dataset, context=16, stride=16)
-        half = evaluate(
-            model, dataset, context=16, stride=16, autocast=lambda: torch.autocast("cpu", torch.bfloat16)
-        )
+        half = evaluate(model, dataset, context=16, stride=16, autocast=lambda: torch.autocast("cpu", torch.bfloat16))
         assert half.loss != full.loss
         assert half.loss == pytest.approx(full.loss, rel=0.02)
 
@@ -437,9 +430,7 @@ class TestReport:
         assert "toy corpus validation: 0.8889 bits per byte (one-pass, strict)" in text
         assert "5 tokens, 9 bytes, 4 words, the whole split but the first token" in text
         assert "windows of 4, 2 new ones each: a token sees from 3" in text
-        disjoint = format_result(
-            evaluate(bigram_model(), TestNumbers.dataset, context=4, stride=4, max_tokens=2)
-        )
+        disjoint = format_result(evaluate(bigram_model(), TestNumbers.dataset, context=4, stride=4, max_tokens=2))
         assert "disjoint windows: a token sees from 1 to 4" in disjoint
         assert "the beginning of the split" in disjoint
         assert "per word" not in disjoint

@@ -151,9 +151,7 @@ def test_bfloat16_inputs_are_normalised_and_accumulated_in_float32():
     expected = definition(hidden, weight, labels)
     assert loss_sum.dtype == torch.float32
     assert relative(loss_sum, expected) < 5e-3  # the logits themselves come out of a bfloat16 product
-    for a, b in zip(
-        torch.autograd.grad(loss_sum, (hidden, weight)), torch.autograd.grad(expected, (hidden, weight))
-    ):
+    for a, b in zip(torch.autograd.grad(loss_sum, (hidden, weight)), torch.autograd.grad(expected, (hidden, weight))):
         assert a.dtype == torch.bfloat16
         assert relative(a, b) < 1e-2
 

@@ -81,9 +81,7 @@ def test_every_step_of_any_run_has_a_rate_up_to_the_peak(schedule, steps, warmup
     assert rates[: warm + 1] == sorted(rates[: warm + 1])
     assert rates[warm:] == sorted(rates[warm:], reverse=True)
     end = 1e-3 if schedule == "constant" else final * 1e-3
-    assert (
-        learning_rate(steps, steps, config) == learning_rate(steps + 5, steps, config) == pytest.approx(end)
-    )
+    assert learning_rate(steps, steps, config) == learning_rate(steps + 5, steps, config) == pytest.approx(end)
 
 
 def test_twenty_steps_warm_up_for_one():

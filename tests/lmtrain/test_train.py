@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lmtrain import checkpoint
-from lmtrain.problems import ConfigError
+from lmtrain.config.problems import ConfigError
 from lmtrain.run import read_metrics, read_status
 from lmtrain.train import DONE, GAVE_UP, STOPPED, train
 from tests.lmtrain import tiny

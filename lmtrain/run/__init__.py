@@ -7,7 +7,7 @@
     status.json        running, stopped, done or failed; at which step; why
     log.txt            the lines people read
     checkpoints/  eval/  tensorboard/
-    lock               who is at work, see `lmtrain.lock`
+    lock               who is at work, see `lmtrain.run.lock`
 
 One process writes; `read_metrics` and `read_status` need no lock.
 """
@@ -21,10 +21,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from lmtrain import environment, shelf
+from lmtrain.checkpoint import shelf
 from lmtrain.files import TEMPORARY, replace_bytes
-from lmtrain.lock import Lock
-from lmtrain.rows import Row, RowFile, read_rows
+from lmtrain.run import environment
+from lmtrain.run.lock import Lock
+from lmtrain.run.rows import Row, RowFile, read_rows
 
 logger = logging.getLogger(__name__)
 _STARTING = re.compile(r"lock|status\.json\.tmp-[0-9a-f]{8}")  # what a start has made before its status.json
@@ -35,7 +36,7 @@ State = Literal["running", "stopped", "done", "failed"]
 class Status:
     """How a run stands: `step` updates were made, `checkpoint` is the newest, relative to the run's folder.
 
-    A run that was killed still says `running`; `lmtrain.lock.Holder` tells whether anybody is at work.
+    A run that was killed still says `running`; `lmtrain.run.lock.Holder` tells whether anybody is at work.
     """
 
     state: State
@@ -110,9 +111,7 @@ class RunDirectory:
     def tensorboard(self) -> Path:
         return self.path / "tensorboard"
 
-    def set_status(
-        self, state: State, *, step: int, checkpoint: Path | str | None = None, reason: str = ""
-    ) -> None:
+    def set_status(self, state: State, *, step: int, checkpoint: Path | str | None = None, reason: str = "") -> None:
         """Replaces the status, after making the rows so far durable; without `checkpoint` the last one stays.
 
         For the saves of a run and its end: it waits for the disk. A disk that refuses costs a warning, not

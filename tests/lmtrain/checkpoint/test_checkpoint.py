@@ -145,9 +145,7 @@ def test_a_limit_on_the_size_of_files(one_saved, limit):
     assert f"{int(needed):,} bytes" in message
 
 
-@pytest.mark.parametrize(
-    "victim", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"]
-)
+@pytest.mark.parametrize("victim", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
 def test_a_disk_that_fills_up(one_saved, monkeypatch, victim):
     """The kernel's own ENOSPC: one file of the checkpoint is /dev/full."""
     really_open = os.open
@@ -186,12 +184,8 @@ def test_too_little_space_is_seen_before_anything_is_written(one_saved, monkeypa
 
 def test_a_disk_that_gives_back_something_else(one_saved, monkeypatch):
     really_write = os.write
-    monkeypatch.setattr(
-        os, "write", lambda file, data: really_write(file, bytes(data).replace(b"F32", b"I32"))
-    )
-    with pytest.raises(
-        CheckpointError, match=r"read back, it differs: model.safetensors: its sha256 .*; optimizer"
-    ):
+    monkeypatch.setattr(os, "write", lambda file, data: really_write(file, bytes(data).replace(b"F32", b"I32")))
+    with pytest.raises(CheckpointError, match=r"read back, it differs: model.safetensors: its sha256 .*; optimizer"):
         save(one_saved, 2, groups(1), STATE)
     monkeypatch.undo()
 

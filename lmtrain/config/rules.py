@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from attention.divisors import nearest_divisors
 from attention.mixer import MIXERS, nearest
-from lmtrain.config_schema import BYTE_VOCABULARY, Config
-from lmtrain.problems import Problem
+from lmtrain.config.problems import Problem
+from lmtrain.config.schema import BYTE_VOCABULARY, Config
 
 
 @dataclass(frozen=True)

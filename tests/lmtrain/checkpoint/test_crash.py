@@ -57,9 +57,7 @@ def test_at_byte_offsets(tmp_path):
         assert names(tmp_path) == ["latest", "step-1"]
 
 
-@pytest.mark.parametrize(
-    ("point", "step", "latest"), [("commit", 1, 1), ("latest", 2, 1), ("retention", 2, 2)]
-)
+@pytest.mark.parametrize(("point", "step", "latest"), [("commit", 1, 1), ("latest", 2, 1), ("retention", 2, 2)])
 def test_at_named_points(tmp_path, point, step, latest):
     save_step(tmp_path, 1)
 

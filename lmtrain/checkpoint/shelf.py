@@ -15,8 +15,8 @@ from itertools import islice
 from pathlib import Path
 
 from lmtrain import fault
+from lmtrain.checkpoint.manifest import STEP_FOLDER, verify
 from lmtrain.files import sync_folder, token
-from lmtrain.manifest import STEP_FOLDER, verify
 
 _LEFTOVER = re.compile(r"(?:step-[0-9]+|latest)\.(?:tmp|trash)-[0-9a-f]{8}")
 _ASIDE = re.compile(r"(step-[0-9]+)\.damaged-[0-9a-f]{8}")

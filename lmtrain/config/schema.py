@@ -51,16 +51,12 @@ class DataConfig:
         None, "file, folder or pattern; a relative one is looked up here, then in `$LMTRAIN_DATA`"
     )
     validation: str = setting("0.1", "what validates: a share at the end of the text, or the path of a file")
-    tokenizer: Literal["bytes", "characters"] = setting(
-        "bytes", "`bytes`, or the `characters` of the training text"
-    )
+    tokenizer: Literal["bytes", "characters"] = setting("bytes", "`bytes`, or the `characters` of the training text")
     seq_len: int = setting(1024, "tokens of a training sequence", at_least=1)
     documents: Literal["concatenate", "reset"] = setting(
         "concatenate", "`reset`: documents packed into one sequence do not see each other"
     )
-    cache: str | None = setting(
-        None, "folder of prepared tokens; null = `$LMTRAIN_CACHE`, or ~/.cache/lmtrain"
-    )
+    cache: str | None = setting(None, "folder of prepared tokens; null = `$LMTRAIN_CACHE`, or ~/.cache/lmtrain")
 
 
 @dataclass
@@ -68,21 +64,15 @@ class TrainConfig:
     """How far and in what pieces."""
 
     steps: int = setting(1000, "optimizer steps", at_least=1)
-    batch_tokens: int = setting(
-        16384, "tokens of one step, over all ranks; a multiple of data.seq_len", at_least=1
-    )
+    batch_tokens: int = setting(16384, "tokens of one step, over all ranks; a multiple of data.seq_len", at_least=1)
     micro_batch: int | None = setting(
         None,
         f"sequences of one forward pass; null = as many as fit in {MICRO_BATCH_TOKENS:,} tokens",
         at_least=1,
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = setting(
-        "float32", "of matrix products; weights stay float32"
-    )
+    dtype: Literal["float32", "bfloat16", "float16"] = setting("float32", "of matrix products; weights stay float32")
     clip: float = setting(1.0, "largest gradient norm; 0 = off", at_least=0)
-    activation_checkpointing: bool = setting(
-        False, "compute each layer again in the backward pass, to save memory"
-    )
+    activation_checkpointing: bool = setting(False, "compute each layer again in the backward pass, to save memory")
     compile: bool = setting(False, "compile the model with torch.compile")
     threads: int | None = setting(None, "CPU threads; null = torch's choice", at_least=1, at_most=4096)
     max_skips: int = setting(10, "consecutive non-finite updates before training gives up", at_least=1)
@@ -101,12 +91,8 @@ class OptimizerConfig:
         "cosine", "after the warm-up: `cosine`, `wsd` (stable, then decay), `constant`"
     )
     warmup: float = setting(0.05, "share of the steps in which the rate rises", at_least=0, at_most=1)
-    final: float = setting(
-        0.1, "last learning rate as a share of the peak (cosine, wsd)", at_least=0, at_most=1
-    )
-    decay: float = setting(
-        0.2, "wsd: share of the steps, at the end, in which the rate falls", at_least=0, at_most=1
-    )
+    final: float = setting(0.1, "last learning rate as a share of the peak (cosine, wsd)", at_least=0, at_most=1)
+    decay: float = setting(0.2, "wsd: share of the steps, at the end, in which the rate falls", at_least=0, at_most=1)
 
 
 @dataclass
@@ -123,9 +109,7 @@ class EvalConfig:
 
     every: int = setting(250, "steps between two evaluations; 0 = only at the end", at_least=0)
     tokens: int = setting(262144, "most tokens scored by an evaluation in training", at_least=1)
-    context: int | None = setting(
-        None, "most tokens that a scored token may see; null = data.seq_len", at_least=1
-    )
+    context: int | None = setting(None, "most tokens that a scored token may see; null = data.seq_len", at_least=1)
     stride: int | None = setting(None, "new tokens scored per window; null = eval.context", at_least=1)
 
 
@@ -159,9 +143,7 @@ class ModelConfig:
     vocab_size: int | None = setting(None, "rows of the embedding; null = those of the tokenizer", at_least=1)
     norm: Literal["rmsnorm", "layernorm"] = setting("rmsnorm", "norm in front of each branch")
     ffn: Literal["swiglu", "gelu"] = setting("swiglu", "feed-forward layer")
-    ffn_dim: int | None = setting(
-        None, "its width; null = 8/3 dim rounded up to 64 (swiglu), 4 dim (gelu)", at_least=1
-    )
+    ffn_dim: int | None = setting(None, "its width; null = 8/3 dim rounded up to 64 (swiglu), 4 dim (gelu)", at_least=1)
     learned_positions: int | None = setting(
         None,
         "rows of a learned position table; at least data.seq_len and eval.context (mixers: `rotary: 0`)",

@@ -12,7 +12,7 @@ from decimal import Decimal, InvalidOperation
 from typing import Any, Literal
 
 from attention.mixer import nearest, type_in_words
-from lmtrain.config_reader import Node, read_flow
+from lmtrain.config.reader import Node, read_flow
 
 _NUMBER = re.compile(r"[+-]?(\d+(_\d+)*(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _LEADING_ZERO = re.compile(r"[+-]?0[\d_]+", re.ASCII)

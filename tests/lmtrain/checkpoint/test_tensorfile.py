@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lmtrain.checkpoint.tensorfile import DTYPES, file_bytes, read_tensors, write_tensors
 from lmtrain.files import HashingReader, HashingWriter
-from lmtrain.tensorfile import DTYPES, file_bytes, read_tensors, write_tensors
 
 
 def write(path, tensors):

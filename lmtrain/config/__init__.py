@@ -18,9 +18,10 @@ from typing import Any
 import yaml
 
 from attention.mixer import nearest
-from lmtrain.config_reader import Key, Node, interpolate, override, read_yaml
-from lmtrain.config_rules import EFFECTS, broken_rules
-from lmtrain.config_schema import (
+from lmtrain.config.problems import COMMAND_LINE, DEFAULT, ConfigError, Problem
+from lmtrain.config.reader import Key, Node, interpolate, override, read_yaml
+from lmtrain.config.rules import EFFECTS, broken_rules
+from lmtrain.config.schema import (
     BYTE_VOCABULARY,
     SECTIONS,
     CheckpointConfig,
@@ -34,9 +35,8 @@ from lmtrain.config_schema import (
     RunConfig,
     TrainConfig,
 )
-from lmtrain.config_sections import Reading
+from lmtrain.config.sections import Reading
 from lmtrain.files import replace_bytes
-from lmtrain.problems import COMMAND_LINE, DEFAULT, ConfigError, Problem
 
 __all__ = [
     "CheckpointConfig",
@@ -63,7 +63,7 @@ Check = Callable[[Config], Iterable[Problem]]
 
 # Beside this package, in a checkout and in an installed wheel alike. `importlib.resources.files("configs")`
 # would first find a folder `configs` of the user's own, wherever Python was started.
-SHIPPED = Path(__file__).resolve().parent.parent / "configs"
+SHIPPED = Path(__file__).resolve().parents[2] / "configs"
 
 
 def load(

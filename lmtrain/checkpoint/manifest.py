@@ -129,10 +129,7 @@ def _parse(text: bytes) -> Manifest:
     if content["checksum"] != _checksum(content) or text != _text(content):  # not a blank may differ
         raise ValueError("its checksum does not fit its content: the file changed after it was written")
     try:
-        files = {
-            name: FileEntry(int(entry["bytes"]), str(entry["sha256"]))
-            for name, entry in content["files"].items()
-        }
+        files = {name: FileEntry(int(entry["bytes"]), str(entry["sha256"])) for name, entry in content["files"].items()}
         manifest = Manifest(
             step=int(content["step"]),
             files=files,

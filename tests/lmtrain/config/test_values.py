@@ -20,19 +20,13 @@ both = pytest.mark.parametrize("by", ["file", "override"])
 
 
 @both
-@pytest.mark.parametrize(
-    "text", ["010", "on", "no", "1e3", "1_000", "12:30:00", "0x10", "1.0", "true", "a=b", "a b"]
-)
+@pytest.mark.parametrize("text", ["010", "on", "no", "1e3", "1_000", "12:30:00", "0x10", "1.0", "true", "a=b", "a b"])
 def test_text_is_verbatim(text: str, by: str, tmp_path: Path) -> None:
     assert read(tmp_path, "run.dir", text, by).run.dir == text
 
 
-@pytest.mark.parametrize(
-    "text", ["a: b", "{x}", "[x", "# x", "~", "'x'", '"x"', "a, b", "&a", "*a", "!a", "é", " x"]
-)
-def test_text_on_the_command_line_is_verbatim_whatever_yaml_would_make_of_it(
-    text: str, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("text", ["a: b", "{x}", "[x", "# x", "~", "'x'", '"x"', "a, b", "&a", "*a", "!a", "é", " x"])
+def test_text_on_the_command_line_is_verbatim_whatever_yaml_would_make_of_it(text: str, tmp_path: Path) -> None:
     assert read(tmp_path, "run.dir", text, "override").run.dir == text
 
 
@@ -107,9 +101,7 @@ def test_a_leading_zero_is_explained(tmp_path: Path) -> None:
 
 
 @both
-@pytest.mark.parametrize(
-    ("text", "value"), [("1e-3", 1e-3), ("1", 1.0), (".5", 0.5), ("5.", 5.0), ("1E-3", 1e-3)]
-)
+@pytest.mark.parametrize(("text", "value"), [("1e-3", 1e-3), ("1", 1.0), (".5", 0.5), ("5.", 5.0), ("1E-3", 1e-3)])
 def test_numbers(text: str, value: float, by: str, tmp_path: Path) -> None:
     lr = read(tmp_path, "optimizer.lr", text, by).optimizer.lr
     assert lr == value
@@ -132,9 +124,7 @@ def test_true_and_false(by: str, tmp_path: Path) -> None:
 
 
 @both
-@pytest.mark.parametrize(
-    "text", ["yes", "no", "on", "off", "y", "1", "0", "2", "True", "FALSE", "null", "[true]"]
-)
+@pytest.mark.parametrize("text", ["yes", "no", "on", "off", "y", "1", "0", "2", "True", "FALSE", "null", "[true]"])
 def test_what_is_neither_true_nor_false(text: str, by: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"model\.tied.*must be true or false"):
         read(tmp_path, "model.tied", text, by)
@@ -176,9 +166,7 @@ def test_lists(text: str, by: str, tmp_path: Path) -> None:
 
 
 @both
-@pytest.mark.parametrize(
-    "text", ["0.9", "[0.9]", "[0.9, 0.9, 0.9]", "[0.9, x]", "[0.9, 1]", "{a: 1}", "[0.9, null]"]
-)
+@pytest.mark.parametrize("text", ["0.9", "[0.9]", "[0.9, 0.9, 0.9]", "[0.9, x]", "[0.9, 1]", "{a: 1}", "[0.9, null]"])
 def test_what_is_no_list_of_two_shares(text: str, by: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"optimizer\.betas.*must be"):
         read(tmp_path, "optimizer.betas", text, by)

@@ -47,9 +47,7 @@ WORDS += [
     "${oc.decode:'{a: [1]}'}",
 ]
 
-value = st.one_of(
-    st.sampled_from(WORDS), st.text(max_size=12), st.integers(-3, 2000).map(str), st.floats().map(str)
-)
+value = st.one_of(st.sampled_from(WORDS), st.text(max_size=12), st.integers(-3, 2000).map(str), st.floats().map(str))
 override = st.one_of(st.builds("{}={}".format, st.sampled_from(KEYS), value), st.text(max_size=20))
 line = st.builds(
     "{}{}: {}".format, st.sampled_from(["", "  ", "    "]), st.sampled_from([*SECTIONS, "dir", "near"]), value

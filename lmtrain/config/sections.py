@@ -11,10 +11,10 @@ from torch import nn
 
 import attention  # noqa: F401 - registers the mixers
 from attention.mixer import MIXERS, nearest
-from lmtrain.config_reader import Node
-from lmtrain.config_schema import SECTIONS, Config
-from lmtrain.config_values import hints_of, range_problem, read_value
-from lmtrain.problems import Problem
+from lmtrain.config.problems import Problem
+from lmtrain.config.reader import Node
+from lmtrain.config.schema import SECTIONS, Config
+from lmtrain.config.values import hints_of, range_problem, read_value
 
 MIXER_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 RESERVED = frozenset(dir(nn.ModuleDict()))
@@ -109,9 +109,7 @@ class Reading:
         while isinstance(node.value, dict) and len(node.value) == 1:
             (below, node), *_ = node.value.items()
             key = f"{key}.{below}"
-        self.problems.append(
-            Problem(node.where, key, f"no such section: {name}{_did_you_mean(name, list(SECTIONS))}")
-        )
+        self.problems.append(Problem(node.where, key, f"no such section: {name}{_did_you_mean(name, list(SECTIONS))}"))
 
     def _tell(self, node: Node, key: str, message: str) -> None:
         self.problems.append(Problem(node.where, key, message, node.text))

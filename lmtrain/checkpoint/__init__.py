@@ -3,10 +3,10 @@
     step-250/model.safetensors        one file for each group of tensors
     step-250/optimizer.safetensors
     step-250/state.json               counters, cursor and whatever else of the run is JSON
-    step-250/manifest.json            what belongs to it, see `lmtrain.manifest`
+    step-250/manifest.json            what belongs to it, see `lmtrain.checkpoint.manifest`
 
 `save` touches no state but the folder, so a thread may run it on copies of the tensors. What happens to a
-folder of checkpoints (`newest`, `retain`, `clean`, `check_space`) is in `lmtrain.shelf`.
+folder of checkpoints (`newest`, `retain`, `clean`, `check_space`) is in `lmtrain.checkpoint.shelf`.
 """
 
 import errno
@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from lmtrain import fault
+from lmtrain.checkpoint.manifest import STATE, FileEntry, Manifest, checked, read_manifest, verify, write_manifest
+from lmtrain.checkpoint.shelf import check_space, clean, newest, retain
+from lmtrain.checkpoint.tensorfile import file_bytes, read_tensors, write_tensors
 from lmtrain.files import HashingWriter, replace_bytes, sync_folder, token
-from lmtrain.manifest import STATE, FileEntry, Manifest, checked, read_manifest, verify, write_manifest
-from lmtrain.shelf import check_space, clean, newest, retain
-from lmtrain.tensorfile import file_bytes, read_tensors, write_tensors
 
 __all__ = [
     "Checkpoint",

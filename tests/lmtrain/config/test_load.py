@@ -124,9 +124,7 @@ def test_overrides_of_mixers(small: Path) -> None:
 
     assert near("model.mixers.near.window=64")["window"] == 64
     assert near("model.mixers.near={kind: dense}")["kind"] == "dense"
-    assert (
-        near("model.mixers.near={kind: dense}", "model.mixers.near={kind: local, window: 3}")["window"] == 3
-    )
+    assert near("model.mixers.near={kind: dense}", "model.mixers.near={kind: local, window: 3}")["window"] == 3
     assert near("model.mixers.near={kind: local}", "model.mixers.near.window=4")["window"] == 4
     assert near("model.mixers.near={kind: local}")["heads"] == 8  # replaced: back to the default
     config = load(small, ["model.mixers={new: {kind: dense, heads: 4}}", "model.pattern=new+near far"])
@@ -134,9 +132,7 @@ def test_overrides_of_mixers(small: Path) -> None:
 
 
 def test_a_new_kind_does_not_silently_drop_settings(small: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=r"small.yaml:6  model.mixers.near.window: no such setting of dense"
-    ):
+    with pytest.raises(ConfigError, match=r"small.yaml:6  model.mixers.near.window: no such setting of dense"):
         load(small, ["model.mixers.near.kind=dense"])
 
 

@@ -90,9 +90,7 @@ def test_an_escaped_interpolation_is_text(base: Path, tmp_path: Path) -> None:
     assert load(tmp_path / "saved.yaml") == config
 
 
-def test_a_secret_is_not_written_and_not_shown(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_secret_is_not_written_and_not_shown(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOKEN", "s3cret")
     config = load(base, ["data.cache=${oc.env:TOKEN}/x", "data.path=${data.cache}", "data.corpus=text"])
     assert config.data.path == "s3cret/x"
@@ -149,9 +147,7 @@ def test_a_tag_executes_nothing(tmp_path: Path) -> None:
     assert not victim.exists()
 
 
-@pytest.mark.parametrize(
-    "content", [b"\xff\xfe\x00", b"run: \x00", b"a: \x1b", "run: {seed: 3}".encode("utf-16")]
-)
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"run: \x00", b"a: \x1b", "run: {seed: 3}".encode("utf-16")])
 def test_files_that_are_no_text(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "binary.yaml"
     path.write_bytes(content)

@@ -1,7 +1,7 @@
 """What was written, and where: YAML and `key=value` become one tree of text; `${...}` is filled in.
 
 Nothing is converted here. YAML 1.1 would read `010` as 8, `12:30:00` as 45000 and `on` as true before the
-type of the setting is known, so scalars stay text until `lmtrain.config_values` reads them by that type.
+type of the setting is known, so scalars stay text until `lmtrain.config.values` reads them by that type.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lmtrain.problems import COMMAND_LINE, ConfigError, Problem
+from lmtrain.config.problems import COMMAND_LINE, ConfigError, Problem
 
 MAX_DEPTH = 20
 """Deepest nesting that is read; the schema needs 4."""
@@ -118,9 +118,7 @@ def _tree(node: yaml.Node, key: str, where: Callable[[yaml.Node], str], problems
     return Node(entries, where(node))
 
 
-def override(
-    tree: Node, text: str, is_group: Callable[[Key], bool], is_mapping: Callable[[Key], bool]
-) -> None:
+def override(tree: Node, text: str, is_group: Callable[[Key], bool], is_mapping: Callable[[Key], bool]) -> None:
     """Write `key.sub=value` into the tree; the last of two wins. Raises ValueError if that cannot be.
 
     A mapping given to a group (a section, model.mixers) changes the keys it names; given to anything else (a

@@ -1,4 +1,4 @@
-"""The page docs/config.md, from the schema and the mixers. `python -m lmtrain.config_reference` prints it."""
+"""The page docs/config.md, from the schema and the mixers. `python -m lmtrain.config.reference` prints it."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import inspect
 from typing import Any
 
 from attention.mixer import MIXERS
-from lmtrain.config_schema import SECTIONS
-from lmtrain.config_values import hints_of, in_words, range_in_words
+from lmtrain.config.schema import SECTIONS
+from lmtrain.config.values import hints_of, in_words, range_in_words
 
 _HEAD = """\
 # Configuration
 
-<!-- Written by `python -m lmtrain.config_reference`; a test compares. Edit the schema, not this page. -->
+<!-- Written by `python -m lmtrain.config.reference`; a test compares. Edit the schema, not this page. -->
 
 A run is described by one YAML file; `key.sub=value` on the command line changes it. The last of two wins.
 

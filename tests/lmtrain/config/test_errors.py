@@ -59,9 +59,7 @@ def test_the_block_of_two_problems(base: Path, tmp_path: Path, monkeypatch: pyte
 
 
 def test_everything_at_once_in_the_order_of_the_file(base: Path) -> None:
-    base.write_text(
-        BASE.replace("corpus: stdlib", "corpus: stdlb").replace("heads: 4\n", "heads: 3\n") + "eval: 3\n"
-    )
+    base.write_text(BASE.replace("corpus: stdlib", "corpus: stdlb").replace("heads: 4\n", "heads: 3\n") + "eval: 3\n")
     lines = problems(base, "train.steps=0", "model.pattern=near far fra")
     assert [line.split()[0] for line in lines[:3]] == ["base.yaml:2", "base.yaml:12", "base.yaml:14"]
     assert all(line.startswith("command line  ") for line in lines[3:])
@@ -166,9 +164,7 @@ def test_what_is_no_mistake(overrides: list[str], base: Path) -> None:
 def test_ranks_share_the_batch(base: Path) -> None:
     load(base, ranks=4)
     (line,) = problems(base, ranks=3)
-    assert line == (
-        "base.yaml:5  train.batch_tokens=2048: not a multiple of data.seq_len 512 x ranks 3; nearest: 1536"
-    )
+    assert line == ("base.yaml:5  train.batch_tokens=2048: not a multiple of data.seq_len 512 x ranks 3; nearest: 1536")
     (line,) = problems(base, "train.micro_batch=4", ranks=2)
     assert "does not divide the 2 sequences of a step" in line
 

@@ -212,9 +212,7 @@ def test_json_that_is_no_manifest_is_refused(folder, content):
 
 
 def test_an_enormous_manifest_is_not_read(folder):
-    os.truncate(
-        folder / "step-2" / "manifest.json", 1 << 40
-    )  # sparse: it takes no disk, but would take memory
+    os.truncate(folder / "step-2" / "manifest.json", 1 << 40)  # sparse: it takes no disk, but would take memory
     assert_named_and_passed_over(folder, "manifest.json")
 
 
@@ -224,8 +222,6 @@ def test_a_pickle_with_a_right_hash_still_executes_nothing(folder):
     entry = {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     forge(path.parent, lambda manifest: manifest["files"].update({path.name: entry}))
     assert verify(path.parent) == []
-    with pytest.raises(
-        ValueError, match=r"step-2: model.safetensors: a header of \d+ bytes in a file of \d+"
-    ):
+    with pytest.raises(ValueError, match=r"step-2: model.safetensors: a header of \d+ bytes in a file of \d+"):
         load(path.parent)
     assert not (folder / "witness").exists()

@@ -2,15 +2,15 @@
 
 from pathlib import Path
 
-from lmtrain.config_reference import reference
-from lmtrain.config_schema import SECTIONS
+from lmtrain.config.reference import reference
+from lmtrain.config.schema import SECTIONS
 
-PAGE = Path(__file__).parents[2] / "docs" / "config.md"
+PAGE = Path(__file__).parents[3] / "docs" / "config.md"
 
 
 def test_the_page_is_fresh() -> None:
     assert PAGE.read_text(encoding="utf-8") == reference(), (
-        "write it again: python -m lmtrain.config_reference > docs/config.md"
+        "write it again: python -m lmtrain.config.reference > docs/config.md"
     )
 
 

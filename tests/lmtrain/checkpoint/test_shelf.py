@@ -27,9 +27,7 @@ def test_the_newest_stay(tmp_path):
 def test_the_protected_stay(tmp_path):
     save_steps(tmp_path, 1, 2, 3, 4)
     (tmp_path / "link").symlink_to(tmp_path, target_is_directory=True)
-    assert retain(tmp_path, 1, protected=[tmp_path / "step-2", tmp_path / "link" / "step-3"]) == [
-        tmp_path / "step-1"
-    ]
+    assert retain(tmp_path, 1, protected=[tmp_path / "step-2", tmp_path / "link" / "step-3"]) == [tmp_path / "step-1"]
     assert names(tmp_path) == ["step-2", "step-3", "step-4"]
 
 
@@ -95,9 +93,7 @@ def test_room_for_those_kept_and_one_more(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=4 * 1000 - size))
     check_space(tmp_path, 1000, keep=3)  # what the present one takes counts as room
-    with pytest.raises(
-        ValueError, match=r"disk too small for the checkpoints: .* 1,001 bytes each, 4,004 bytes"
-    ):
+    with pytest.raises(ValueError, match=r"disk too small for the checkpoints: .* 1,001 bytes each, 4,004 bytes"):
         check_space(tmp_path, 1001, keep=3)
     with pytest.raises(ValueError, match="disk too small"):
         check_space(tmp_path / "not" / "there" / "yet", 1000, keep=3)

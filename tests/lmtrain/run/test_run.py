@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lmtrain import environment
 from lmtrain.checkpoint import save
-from lmtrain.lock import Holder
-from lmtrain.run import RunDirectory, Status, read_metrics, read_status
+from lmtrain.run import RunDirectory, Status, environment, read_metrics, read_status
+from lmtrain.run.lock import Holder
 
 
 def fork(action):
@@ -203,9 +202,7 @@ def test_a_child_that_outlives_the_holder_is_told_apart(tmp_path):
     os.waitpid(child, 0)
     try:
         grandchild = int(os.read(ready, 20))
-        with pytest.raises(
-            ValueError, match=f"in use by a child of process {child} on .*, which has ended itself"
-        ):
+        with pytest.raises(ValueError, match=f"in use by a child of process {child} on .*, which has ended itself"):
             RunDirectory.open(tmp_path)
     finally:
         os.kill(grandchild, signal.SIGKILL)
@@ -273,19 +270,13 @@ def run(tmp_path):
 def test_rows_are_there_at_once_and_exact(run):
     run.log_metrics({"step": 1, "loss": 0.1 + 0.2, "split": "väl"})
     assert (
-        read_metrics(run.path)
-        == rows(run.path / "metrics.jsonl")
-        == [{"step": 1, "loss": 0.1 + 0.2, "split": "väl"}]
+        read_metrics(run.path) == rows(run.path / "metrics.jsonl") == [{"step": 1, "loss": 0.1 + 0.2, "split": "väl"}]
     )
 
 
 def test_numbers_that_are_not_finite_are_null(run):
-    run.log_metrics(
-        {"step": 1, "loss": float("nan"), "by_position": [1.0, float("-inf")], "x": {"y": float("inf")}}
-    )
-    assert rows(run.path / "metrics.jsonl") == [
-        {"step": 1, "loss": None, "by_position": [1.0, None], "x": {"y": None}}
-    ]
+    run.log_metrics({"step": 1, "loss": float("nan"), "by_position": [1.0, float("-inf")], "x": {"y": float("inf")}})
+    assert rows(run.path / "metrics.jsonl") == [{"step": 1, "loss": None, "by_position": [1.0, None], "x": {"y": None}}]
 
 
 def test_rows_beyond_the_resumed_step_are_cut(run):
@@ -400,13 +391,9 @@ def test_a_status_that_cannot_be_read_is_none(tmp_path, content):
 
 
 def test_a_status_keeps_its_checkpoint_until_the_next(run):
-    run.set_status(
-        "running", step=5, checkpoint=save(run.checkpoints, 5, {"model": {"w": torch.ones(1)}}, {})
-    )
+    run.set_status("running", step=5, checkpoint=save(run.checkpoints, 5, {"model": {"w": torch.ones(1)}}, {}))
     run.set_status("failed", step=7, reason="3 updates in a row were not finite")
-    assert read_status(run.path) == Status(
-        "failed", 7, "checkpoints/step-5", "3 updates in a row were not finite"
-    )
+    assert read_status(run.path) == Status("failed", 7, "checkpoints/step-5", "3 updates in a row were not finite")
     assert (run.path / read_status(run.path).checkpoint).is_dir()
 
 
