@@ -74,7 +74,9 @@ def _layout(tensors: Mapping[str, Tensor]) -> tuple[bytes, list[Tensor]]:
     stored: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         assert name != "__metadata__", "a name the format reserves"
-        memory = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        # The storage itself, not its address: on the meta device all addresses are 0.
+        storage = (tensor.untyped_storage()._cdata, tensor.storage_offset())
+        memory = (*storage, tensor.dtype, tensor.shape, tensor.stride())
         if tensor.numel() and memory in first:
             tied[name] = first[memory]
         else:

@@ -17,8 +17,9 @@ from lmtrain.config.schema import SECTIONS, Config
 from lmtrain.config.values import hints_of, range_problem, read_value
 
 MIXER_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-RESERVED = frozenset(dir(nn.ModuleDict()))
-"""Names that the container of a layer's mixers has for itself, such as `type` and `values`."""
+RESERVED = frozenset(dir(nn.ModuleDict())) | {"ffn"}
+"""Names that the container of a layer's mixers has for itself, such as `type` and `values`; and that of the layer's
+feed-forward part."""
 
 
 @dataclass

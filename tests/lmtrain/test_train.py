@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from lmtrain import checkpoint
-from lmtrain.config.problems import ConfigError
+from lmtrain.config import ConfigError, reload
 from lmtrain.run import read_metrics, read_status
+from lmtrain.setup import checkpoint_bytes
 from lmtrain.train import DONE, GAVE_UP, STOPPED, train
 from tests.lmtrain import tiny
 
@@ -217,3 +218,9 @@ def _wait_for(condition: Any, seconds: float = 60) -> None:
     while not condition():
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.05)
+
+
+def test_the_size_of_a_checkpoint_is_known_without_weights(undisturbed: Path) -> None:
+    config = reload(undisturbed)
+    size = sum(file.stat().st_size for file in (undisturbed / "checkpoints/step-12").glob("*.safetensors"))
+    assert 0 <= checkpoint_bytes(config) - size - checkpoint.bytes_needed({}) < 1000
