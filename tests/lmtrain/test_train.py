@@ -223,4 +223,4 @@ def _wait_for(condition: Any, seconds: float = 60) -> None:
 def test_the_size_of_a_checkpoint_is_known_without_weights(undisturbed: Path) -> None:
     config = reload(undisturbed)
     size = sum(file.stat().st_size for file in (undisturbed / "checkpoints/step-12").glob("*.safetensors"))
-    assert 0 <= checkpoint_bytes(config) - size - checkpoint.bytes_needed({}) < 1000
+    assert abs(checkpoint_bytes(config) - checkpoint.bytes_needed({}) - size) < 1000
