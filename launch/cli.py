@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lmtrain import __version__
+
 NO = 4
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -56,6 +58,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         prog="lmtrain",
         description="Train language models on long sequences with pluggable sequence mixers.",
     )
+    parser.add_argument("--version", action="version", version=f"lmtrain {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def verb(name: str, run: Callable[[Any], int], summary: str, *examples: str) -> argparse.ArgumentParser:
