@@ -41,12 +41,15 @@ def chunked(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tenso
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensor storages made under it that are still alive, and their peak."""
+    """Counts the bytes of tensor storages made under it that are still alive, and their peak.
 
-    def __init__(self) -> None:
+    `before`: tensors made earlier, whose views are not to be counted.
+    """
+
+    def __init__(self, *before: Tensor) -> None:
         super().__init__()
         self.live = self.peak = 0
-        self._known: set[int] = set()
+        self._known = {tensor.untyped_storage()._cdata for tensor in before}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "lmtrain":
@@ -90,7 +93,7 @@ def train_step(loss: Callable[..., Tensor], hidden: Tensor, weight: Tensor, labe
 def live_bytes(loss: Callable[..., Tensor], hidden: Tensor, weight: Tensor, labels: Tensor) -> int:
     """Peak of live tensor storage during a step, less the two gradients that stay."""
     hidden.grad = weight.grad = None
-    with LiveBytes() as count:
+    with LiveBytes(hidden, weight, labels) as count:
         train_step(loss, hidden, weight, labels)
     return count.peak - hidden.nbytes - weight.nbytes
 
@@ -126,9 +129,7 @@ def contenders(vocabulary: int) -> dict[str, Callable[..., Tensor]]:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--vocabulary", type=int, default=32768)
     parser.add_argument("--dim", type=int, default=256)
@@ -143,9 +144,7 @@ def main() -> None:
     if arguments.alone:
         print(resident_bytes(losses[arguments.alone], *inputs))
         return
-    seconds = alternated(
-        {name: partial(train_step, loss, *inputs) for name, loss in losses.items()}, arguments.repeats
-    )
+    seconds = alternated({name: partial(train_step, loss, *inputs) for name, loss in losses.items()}, arguments.repeats)
     rows = [
         {
             "logits": name,
