@@ -1,4 +1,4 @@
-"""AdamW or Muon behind one interface: a step that refuses non-finite updates, and state by parameter name.
+"""AdamW or Muon behind one interface, with state by parameter name.
 
 State goes by parameter name, not by a place in some group, so a checkpoint outlives a change of groups, of
 engine and of world size.
@@ -6,12 +6,11 @@ engine and of world size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 if TYPE_CHECKING:
     from lmtrain.config import OptimizerConfig
@@ -50,19 +49,12 @@ class Optimizer:
             for _, parameter in _named_parameters(part):
                 part.state[parameter] = _zero_state(part, parameter)
 
-    def step(self, lr: float, *watched: Tensor) -> bool:
-        """Updates every parameter that has a gradient; True if it did.
-
-        If any of the `watched` tensors (gradient norm, loss) holds a non-finite number, nothing is touched,
-        neither parameters nor moments nor step counts, and the answer is False. Costs one host sync.
-        """
-        if watched and not torch.stack([x.detach().isfinite().all() for x in watched]).all():
-            return False
+    def step(self, lr: float) -> None:
+        """Updates every parameter that has a gradient."""
         for part in self.parts:
             for group in part.param_groups:
                 group["lr"] = lr
             part.step()
-        return True
 
     def zero_grad(self) -> None:
         for part in self.parts:
@@ -108,19 +100,6 @@ class Optimizer:
             for part in self.parts
             for group in part.param_groups
         )
-
-
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Scales all gradients, seen as one vector, to a norm of at most `max_norm`; 0 leaves them as they are.
-
-    Returns the norm before, a scalar tensor. If it is not finite the gradients are of no use afterwards
-    (one inf becomes zeros and a NaN): let `Optimizer.step` watch it.
-    """
-    parameters = list(parameters)
-    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if max_norm > 0:
-        clip_grads_with_norm_(parameters, max_norm, norm)
-    return norm
 
 
 def hidden_matrices(model: nn.Module) -> set[Tensor]:

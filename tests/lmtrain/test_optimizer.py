@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lmtrain.optimizer import build_optimizer, clip_gradients, hidden_matrices
+from lmtrain.optimizer import build_optimizer, hidden_matrices
 
 
 def settings(**changes):
@@ -232,34 +232,12 @@ def test_loading_names_everything_that_does_not_fit_and_changes_nothing():
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
-@pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("place", ["gradient", "loss"])
-def test_a_non_finite_update_changes_nothing_and_says_so(kind, poison, place):
-    model = Model()
-    optimizer = build_optimizer(model, settings(kind=kind))
-    train(model, optimizer, 2)
-    parameters, state = copies(model.state_dict()), copies(optimizer.state())
-    loss = model(torch.arange(5)).sum()
-    loss.backward()
-    if place == "gradient":
-        model.up.weight.grad[3, 4] = poison
-    else:
-        loss = loss * poison
-    norm = clip_gradients(model.parameters(), 1.0)
-    assert optimizer.step(1e-2, norm, loss) is False
-    assert_equal(model.state_dict(), parameters)
-    assert_equal(optimizer.state(), state)
-    optimizer.zero_grad()
-    train(model, optimizer, 1)  # and the next one goes ahead
-    assert not torch.equal(model.up.weight, parameters["up.weight"])
-
-
 def test_a_parameter_without_a_gradient_is_left_alone():
     model = Model()
     optimizer = build_optimizer(model, settings())
     before = copies(dict(model.named_parameters()))
     model.norm.bias.grad = torch.ones(8)
-    assert optimizer.step(1e-2)
+    optimizer.step(1e-2)
     moved = [name for name, p in model.named_parameters() if not torch.equal(p, before[name])]
     assert moved == ["norm.bias"]
     assert [key for key, value in optimizer.state().items() if value.any()] == [
@@ -267,37 +245,3 @@ def test_a_parameter_without_a_gradient_is_left_alone():
         "exp_avg.norm.bias",
         "exp_avg_sq.norm.bias",
     ]
-
-
-def with_gradients(*gradients):
-    parameters = [nn.Parameter(torch.zeros_like(gradient)) for gradient in gradients]
-    for parameter, gradient in zip(parameters, gradients):
-        parameter.grad = gradient.clone()
-    return [*parameters, nn.Parameter(torch.zeros(2))]  # the last has no gradient
-
-
-def test_clipping_scales_all_gradients_to_the_largest_norm():
-    parameters = with_gradients(torch.tensor([3.0, 0.0]), torch.tensor([[4.0]]))
-    norm = clip_gradients(iter(parameters), 1.0)
-    assert (norm.item(), norm.shape) == (5.0, ())
-    torch.testing.assert_close(parameters[0].grad, torch.tensor([0.6, 0.0]))
-    torch.testing.assert_close(parameters[1].grad, torch.tensor([[0.8]]))
-    assert parameters[2].grad is None
-
-
-@pytest.mark.parametrize("max_norm", [0.0, 5.1])
-def test_gradients_within_the_norm_or_with_clipping_off_stay_as_they_are(max_norm):
-    parameters = with_gradients(torch.tensor([3.0, 0.0]), torch.tensor([[4.0]]))
-    assert clip_gradients(parameters, max_norm).item() == 5.0
-    assert torch.equal(parameters[0].grad, torch.tensor([3.0, 0.0]))
-    assert torch.equal(parameters[1].grad, torch.tensor([[4.0]]))
-
-
-def test_the_norm_of_no_gradients_is_zero():
-    assert clip_gradients([nn.Parameter(torch.zeros(2))], 1.0).item() == 0.0
-
-
-@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_a_non_finite_gradient_shows_in_the_norm(poison):
-    parameters = with_gradients(torch.tensor([3.0, poison]), torch.tensor([[4.0]]))
-    assert not clip_gradients(parameters, 1.0).isfinite()
