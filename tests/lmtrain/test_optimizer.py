@@ -231,7 +231,6 @@ def test_loading_names_everything_that_does_not_fit_and_changes_nothing():
     assert_equal(optimizer.state(), before)
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_a_parameter_without_a_gradient_is_left_alone():
     model = Model()
     optimizer = build_optimizer(model, settings())
