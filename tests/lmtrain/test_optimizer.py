@@ -44,7 +44,7 @@ def train(model, optimizer, steps, first=0):
     for step in range(first, first + steps):
         draw = torch.Generator().manual_seed(step)
         model(torch.randint(11, (5,), generator=draw)).logsumexp(-1).sum().backward()
-        assert optimizer.step(1e-2 / (step + 1))
+        optimizer.step(1e-2 / (step + 1))
         optimizer.zero_grad()
 
 
