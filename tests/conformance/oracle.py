@@ -130,9 +130,11 @@ def projections(mixer: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v, all [B, H, T, D]: head h holds a copy of key head h // (H / G)."""
     config = mixer.config
     kv_heads = config.kv_heads or config.heads
-    q = rotate(heads(x, mixer.query.weight, config.heads), config.rotary)
-    k = rotate(heads(x, mixer.key.weight, kv_heads), config.rotary)
-    v = heads(x, mixer.value.weight, kv_heads)
+    width = mixer.qkv.weight.shape[0] // (config.heads + 2 * kv_heads)
+    w_q, w_k, w_v = mixer.qkv.weight.split([config.heads * width, kv_heads * width, kv_heads * width])
+    q = rotate(heads(x, w_q, config.heads), config.rotary)
+    k = rotate(heads(x, w_k, kv_heads), config.rotary)
+    v = heads(x, w_v, kv_heads)
     of_head = [head // (config.heads // kv_heads) for head in range(config.heads)]
     return q, k[:, of_head], v[:, of_head]
 
