@@ -110,6 +110,9 @@ class TorchEngine:
         self.clip = clip
         self._as_model = cast(Model, model)
         self._loss = torch.compile(self._as_model.loss) if compile else self._as_model.loss
+        # torch.manual_seed would seed every device, and format a traceback for those that are not there.
+        cuda = device.type == "cuda"
+        self._generator = torch.cuda.default_generators[device.index or 0] if cuda else torch.default_generator
         self._scale = LossScale(2.0**16 if self.dtype == torch.float16 else 1.0)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._reset()
@@ -128,7 +131,7 @@ class TorchEngine:
         tokens, labels: int64 [b, T]; step_tokens: scored labels of the whole step, over all micro-batches and
         ranks. Auxiliary losses are weighted by the micro-batch's share of them. `seed` is that of dropout.
         """
-        torch.manual_seed(seed)
+        self._generator.manual_seed(seed)
         with self.autocast():
             total, count, auxiliary = self._loss(tokens.to(self.device), labels.to(self.device), ctx)
         loss = total / max(step_tokens, 1)
