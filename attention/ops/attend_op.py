@@ -1,5 +1,6 @@
 """The torch path of `attend` as operators of torch: autograd, compile, checkpointing and FLOP counts see one node."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -10,12 +11,21 @@ from attention.lifetimes import Lifetimes, living_pairs
 from attention.ops.attend_tiles import Operands
 from attention.ops.attend_torch import attend_backward, attend_forward, empty_heads_last
 
-# A call through a custom operator costs about 12 us without and 60 us with gradients (forward and backward) above
-# that of a built-in one: 5 % of the smallest training step we care for (12 sequences of 64 tokens, 4 heads of 32),
-# nothing elsewhere. A bare autograd.Function would save half of it, but compile and FLOP counts see through it.
+# Registered by hand rather than by `torch.library.custom_op`, which costs 60 us per call and its backward where this
+# costs 20: 5 % against 2 % of attention in the smallest training we care for (12 sequences of 64 tokens, 4 heads of
+# 32). opcheck, compile and activation checkpointing pass alike.
+_library = torch.library.Library("attention", "FRAGMENT")
+_OPERANDS = (
+    "Tensor q, Tensor k, Tensor v, Tensor birth, Tensor death, Tensor? time, Tensor? bias, Tensor? u, Tensor? tau"
+)
+_library.define(f"attend({_OPERANDS}, float scale) -> (Tensor out, Tensor lse)")
+_library.define(
+    f"attend_backward(Tensor dout, Tensor? dlse, {_OPERANDS}, Tensor out, Tensor lse, float scale) -> Tensor[]"
+)
+_forward_op = torch.ops.attention.attend.default
+_backward_op = torch.ops.attention.attend_backward.default
 
 
-@torch.library.custom_op("attention::attend", mutates_args=())
 def attend_op(
     q: Tensor,
     k: Tensor,
@@ -28,13 +38,11 @@ def attend_op(
     tau: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) of `attend`."""
-    with torch.autocast(q.device.type, enabled=False):
-        return attend_forward(_operands(q, k, v, bias, u, tau, scale), Lifetimes(birth, death), time)
+    """(out, lse) of `attend`, as one operator."""
+    return _forward_op(q, k, v, birth, death, time, bias, u, tau, scale)
 
 
-@attend_op.register_fake
-def _(
+def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -46,12 +54,16 @@ def _(
     tau: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
+    with _no_autocast(q):
+        return attend_forward(_operands(q, k, v, bias, u, tau, scale), Lifetimes(birth, death), time)
+
+
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(q.dtype, torch.float32)
     return empty_heads_last(q, v.shape[-1]), empty_heads_last(q, dtype=wide)
 
 
-@torch.library.custom_op("attention::attend_backward", mutates_args=())
-def attend_backward_op(
+def _backward(
     dout: Tensor,
     dlse: Tensor | None,
     q: Tensor,
@@ -67,15 +79,14 @@ def attend_backward_op(
     lse: Tensor,
     scale: float,
 ) -> list[Tensor]:
-    """Gradients of q, k, v and of those of bias, u, tau that are given; bias and u as [B, G, Nk], tau [B, H, Nq]."""
-    with torch.autocast(q.device.type, enabled=False):
+    """Gradients of q, k, v, and of those of bias, u, tau that are given, as [B, G, Nk] and [B, H, Nq]."""
+    with _no_autocast(q):
         x = _operands(q, k, v, bias, u, tau, scale)
         grads = attend_backward(dout, dlse, x, Lifetimes(birth, death), time, out, lse)
     return [t for t in (grads.q, grads.k, grads.v, grads.bias, grads.u, grads.tau) if t is not None]
 
 
-@attend_backward_op.register_fake
-def _(
+def _fake_backward(
     dout: Tensor,
     dlse: Tensor | None,
     q: Tensor,
@@ -96,6 +107,12 @@ def _(
     return grads + [empty_heads_last(t, dtype=lse.dtype) for t in owners]
 
 
+def _no_autocast(q: Tensor) -> AbstractContextManager[Any]:
+    """Inside, types are chosen here: autocast would round the float32 products."""
+    device = q.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
 def _operands(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, u: Tensor | None, tau: Tensor | None, scale: float
 ) -> Operands:
@@ -104,22 +121,40 @@ def _operands(
     return Operands(q, k, v, bias, u, None if tau is None else tau.expand(queries), scale)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.scale = inputs
-    ctx.save_for_backward(*tensors, *output)
-    ctx.set_materialize_grads(False)
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            out, lse = _forward_op(*args)
+        *tensors, ctx.scale = args
+        ctx.save_for_backward(*tensors, out, lse)
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, *douts: Tensor | None) -> tuple[Tensor | None, ...]:
+        dout, dlse = douts
+        *tensors, out, lse = ctx.saved_tensors
+        if dout is None:
+            dout = torch.zeros_like(out)
+        dq, dk, dv, *rest = _backward_op(dout, dlse, *tensors, out, lse, ctx.scale)
+        optional = tensors[6:]  # bias, u, tau
+        dbias, du, dtau = (None if t is None else rest.pop(0).sum_to_size(t.shape) for t in optional)
+        return dq, dk, dv, None, None, None, dbias, du, dtau, None
 
 
-def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, birth, death, time, bias, u, tau, out, lse = ctx.saved_tensors
-    if dout is None:
-        dout = torch.zeros_like(out)
-    dq, dk, dv, *rest = attend_backward_op(dout, dlse, q, k, v, birth, death, time, bias, u, tau, out, lse, ctx.scale)
-    dbias, du, dtau = (None if t is None else rest.pop(0).sum_to_size(t.shape) for t in (bias, u, tau))
-    return dq, dk, dv, None, None, None, dbias, du, dtau, None
+def _differentiable(*args: Any) -> tuple[Tensor, Tensor]:
+    if torch.is_grad_enabled():
+        return _Attend.apply(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _forward_op(*args)
 
 
-attend_op.register_autograd(_backward, setup_context=_save)
+_library.impl("attend", _forward, "CompositeExplicitAutograd")
+_library.impl("attend_backward", _backward, "CompositeExplicitAutograd")
+_library.impl("attend", _differentiable, "Autograd")
+torch.library.register_fake("attention::attend", _fake_forward, lib=_library)
+torch.library.register_fake("attention::attend_backward", _fake_backward, lib=_library)
 
 
 def _pairs(q: Tensor, k: Tensor, birth: Tensor, death: Tensor, time: Tensor | None) -> int:

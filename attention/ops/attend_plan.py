@@ -21,8 +21,8 @@ from torch import Tensor
 ROUND = 16  # tile widths are multiples of this: matrix products are faster, and treat all columns alike
 FEW_QUERIES = 8  # up to as many, and
 SMALL = 2**15  # up to as many pairs of query and key, one masked tile beats any plan
-FEW_KEYS = 320  # up to as many keys met per query, tiles of 64 queries waste less than those of 128 gain
-LOGITS = 2**20  # logits of a tile, over all its rows: 4 MiB of float32
+FEW_KEYS = 512  # up to as many keys met per query, tiles of 64 queries waste less than those of 128 gain
+LOGITS = 2**21  # logits of a tile, over all its rows: 8 MiB of float32
 
 
 @dataclass(frozen=True)
@@ -96,10 +96,12 @@ class TilePlan:
         return number * self.tile, min((number + 1) * self.tile, self.num_queries)
 
     def _slices(self) -> Iterator[Tile]:
+        num_keys = self.start.shape[1]
         counts = (self.stopped_before, self.started, self.stopped, self.started_before)
         for number, (a, b, dying, born) in enumerate(zip(*(x[0].tolist() for x in counts))):
             lo, hi = self._bounds(number)
             a = min(a, b) // ROUND * ROUND
+            b = min(-(-b // ROUND) * ROUND, num_keys)
             keys = slice(a, b)
             masked = _columns((0, min(dying, b) - a), (max(born, a) - a, b - a))
             yield Tile(lo, hi, b - a, keys, self.start[:, keys], self.stop[:, keys], masked)

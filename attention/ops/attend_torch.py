@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from attention.lifetimes import Lifetimes, query_intervals
-from attention.ops.attend_plan import Part, make_parts
-from attention.ops.attend_segments import Run, find_segments, segments_backward, segments_forward
+from attention.ops.attend_plan import FEW_QUERIES, Part, make_parts
+from attention.ops.attend_segments import Segments, find_segments, segments_backward, segments_forward
 from attention.ops.attend_tiles import Gradients, Operands, tiles_backward, tiles_forward
 
 REMEMBERED = 16  # routes kept for the next call, the backward pass or the next layer
-LARGEST_REMEMBERED = 2**16  # intervals in one of them: static patterns, rarely those that follow from the data
+LARGEST_REMEMBERED = 2**16  # numbers in one of them: static patterns, and of those that follow from data the small
 
 
 def attend_forward(x: Operands, life: Lifetimes, time: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -50,7 +50,9 @@ def attend_backward(
     delta = (out.to(x.wide) * dout.to(x.wide)).sum(-1)
     if dlse is not None:
         delta = delta - dlse
-    lse = lse.masked_fill(lse == -torch.inf, torch.inf)
+    # Who meets nobody has weights exp(-inf) = 0, and gradients of 0 even where that of its lse is not finite.
+    empty = lse == -torch.inf
+    delta, lse = delta.masked_fill(empty, 0.0), lse.masked_fill(empty, torch.inf)
     grads = Gradients(
         *(empty_heads_last(t, t.shape[-1]) for t in (x.q, x.k, x.v)),
         *(None if t is None else empty_heads_last(t, dtype=x.wide) for t in (x.bias, x.u, x.tau)),
@@ -73,34 +75,38 @@ def heads_last(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Route:
-    """How one call is computed: by segments of each batch row, or by parts."""
+    """How one call is computed: by segments, or else by parts."""
 
-    segments: list[list[Run]] | None
+    segments: Segments | None
     parts: tuple[Part, ...]
 
 
-_routes: list[tuple[tuple[object, ...], Tensor, Tensor, Route]] = []
+_remembered: list[tuple[tuple[object, ...], list[Tensor], Route]] = []
 
 
 def find_route(x: Operands, life: Lifetimes, time: Tensor | None) -> Route:
-    """The route for these shapes and lifetimes, from memory if the very same intervals came lately."""
+    """The route for these shapes and lifetimes; from memory, if the very same lifetimes came lately."""
+    fused = x.bias is None and x.u is None and x.q.device.type == "cpu"
+    given = [life.birth, life.death] if time is None else [life.birth, life.death, time]
+    key = (x.q.shape, x.k.shape[:3], len(given), fused, x.q.device)
+    for known_key, known, route in _remembered:
+        if known_key == key and all(map(torch.equal, known, given)):
+            return route
+    route = _new_route(x, life, time, fused)
+    if x.q.shape[2] > FEW_QUERIES and sum(t.numel() for t in given) <= LARGEST_REMEMBERED:
+        # Compared by content, and kept as copies: nobody can change what is remembered.
+        _remembered.insert(0, (key, [t.clone() for t in given], route))
+        del _remembered[REMEMBERED:]
+    return route
+
+
+def _new_route(x: Operands, life: Lifetimes, time: Tensor | None, fused: bool) -> Route:
     (batch, heads, num_queries, _), (kv_heads, num_keys) = x.q.shape, x.k.shape[1:3]
     start, stop = query_intervals(
         life, time, heads=heads, kv_heads=kv_heads, num_queries=num_queries, num_keys=num_keys
     )
-    fused = x.bias is None and x.u is None and x.q.device.type == "cpu"
-    shapes = (batch, heads, kv_heads, num_queries, start.shape, stop.shape, start.device, fused)
-    for known, known_start, known_stop, route in _routes:
-        if known == shapes and torch.equal(known_start, start) and torch.equal(known_stop, stop):
-            return route
     segments = find_segments(start, stop, num_queries) if fused else None
-    parts: tuple[Part, ...] = ()
-    if segments is None:
-        group = heads // kv_heads
-        parts = make_parts(start, stop, batch=batch, kv_heads=kv_heads, group=group, num_queries=num_queries)
-    route = Route(segments, parts)
-    if start.numel() <= LARGEST_REMEMBERED:
-        # Compared by content; start and stop are our own tensors, so nobody changes what is remembered.
-        _routes.insert(0, (shapes, start, stop, route))
-        del _routes[REMEMBERED:]
-    return route
+    if segments is not None:
+        return Route(segments, ())
+    group = heads // kv_heads
+    return Route(None, make_parts(start, stop, batch=batch, kv_heads=kv_heads, group=group, num_queries=num_queries))

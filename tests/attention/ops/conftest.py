@@ -229,17 +229,35 @@ def drawn(request: pytest.FixtureRequest) -> Case:
     return CASES[request.param]()
 
 
+def in_default_time() -> list[str]:
+    drawn = {name: build() for name, build in CASES.items()}
+    return [name for name, c in drawn.items() if c.time is None and c.q.shape[2] == T]
+
+
+@pytest.fixture(params=in_default_time())
+def drawn_in_default_time(request: pytest.FixtureRequest) -> Case:
+    torch.manual_seed(0)
+    return CASES[request.param]()
+
+
+@pytest.fixture(params=["random deaths", "shuffled births", "gated lists", "s2", "sparse fixed", "combiner"])
+def drawn_with_lists(request: pytest.FixtureRequest) -> Case:
+    """Of those the ones whose keys are no slices."""
+    torch.manual_seed(0)
+    return CASES[request.param]()
+
+
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything through the tile loop, few rows at a time."""
     monkeypatch.setattr(attend_plan, "SMALL", 0)
     monkeypatch.setattr(attend_plan, "FEW_QUERIES", 0)
     monkeypatch.setattr(attend_plan, "LOGITS", 64 * 2 * 80 * 2)
-    monkeypatch.setattr(attend_torch, "_routes", [])
+    monkeypatch.setattr(attend_torch, "_remembered", [])
 
 
 @pytest.fixture
 def no_fused_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a device where the fused causal kernel is missing."""
     monkeypatch.setattr(attend_torch, "find_segments", lambda *args: None)
-    monkeypatch.setattr(attend_torch, "_routes", [])
+    monkeypatch.setattr(attend_torch, "_remembered", [])
