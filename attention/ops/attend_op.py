@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from attention.lifetimes import Lifetimes, living_pairs
-from attention.ops.attend_tiles import Operands
 from attention.ops.attend_torch import attend_backward, attend_forward, empty_heads_last
+from attention.ops.attend_visit import Operands
 
 # Registered by hand rather than by `torch.library.custom_op`, which costs 60 us per call and its backward where this
 # costs 20: 5 % against 2 % of attention in the smallest training we care for (12 sequences of 64 tokens, 4 heads of

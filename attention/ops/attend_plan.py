@@ -4,7 +4,8 @@ The lifetimes come as query intervals (`attention.lifetimes.query_intervals`): k
 start_j <= i < stop_j. A tile of queries visits the keys that at least one of its queries meets, in the order of
 their birth, and nothing else:
 
-* where neither starts nor stops ever decrease (causal, window, blocks, documents), these keys are one slice;
+* where neither starts nor stops ever decrease (causal, window, blocks, documents), these keys are one slice; where
+  the slices move on with the queries, tile after tile, many tiles fold into one batch of overlapping windows;
 * else they are an index list that is carried from tile to tile: the dead leave it, the newborn are appended. So
   every pattern costs its living keys, and the list is never longer than the keys alive in one tile.
 
@@ -12,7 +13,7 @@ What is listed for a query depends only on keys it could have met by then, and t
 a key that comes later, or one that lives longer, changes no bit of an earlier query's result.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -23,114 +24,174 @@ FEW_QUERIES = 8  # up to as many, and
 SMALL = 2**15  # up to as many pairs of query and key, one masked tile beats any plan
 FEW_KEYS = 512  # up to as many keys met per query, tiles of 64 queries waste less than those of 128 gain
 LOGITS = 2**21  # logits of a tile, over all its rows: 8 MiB of float32
+FOLDED_LOGITS = 2**19  # logits of a fold
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Queries lo <= i < hi and the `width` keys they visit.
+    """Queries lo <= i < hi, in `count` tiles of equal size, and the `width` keys that each of them visits.
 
-    keys      a slice of the keys, the same one in every list; or int64 [L, width], where Nk stands for "no key"
-    start, stop   [L, width]: the intervals of these keys
+    keys      the number of the first key of a slice (of the first tile; the next ones' move on with the queries);
+              or int64 [L, width], where Nk stands for "no key"
+    start, stop   int32 [L, width], of folds [count or 1, width]: the intervals, from the tile's first query on
     masked    columns among which some key is not met by all of the tile's queries
     """
 
     lo: int
     hi: int
+    count: int
     width: int
-    keys: slice | Tensor
+    keys: int | Tensor
     start: Tensor
     stop: Tensor
     masked: tuple[slice, ...]
 
-
-class OneTile:
-    """All queries against all keys, where a plan would cost more than it saves. start, stop: int32 [L, Nk]."""
-
-    listed = False
-
-    def __init__(self, start: Tensor, stop: Tensor, num_queries: int) -> None:
-        self.widths = [start.shape[1]]
-        everyone = slice(0, start.shape[1])
-        self.only = Tile(0, num_queries, start.shape[1], everyone, start, stop, (everyone,))
-
-    def __iter__(self) -> Iterator[Tile]:
-        yield self.only
+    @staticmethod
+    def of(lo: int, hi: int, keys: int | Tensor, start: Tensor, stop: Tensor, count: int = 1) -> "Tile":
+        size = (hi - lo) // count
+        dying, unborn = (_extent(x) for x in ((stop < size) & (start <= 0), start > 0))
+        return Tile(lo, hi, count, start.shape[1], keys, start, stop, _joined(dying, unborn))
 
 
-class TilePlan:
-    """The tiles of L lists that are walked together. start, stop: int32 [L, Nk], in 0..Nq."""
+@dataclass(frozen=True)
+class Part:
+    """A rectangle of examples and key heads that walk their tiles together.
 
-    def __init__(self, start: Tensor, stop: Tensor, num_queries: int, tile: int) -> None:
-        self.num_queries, self.tile = num_queries, tile
-        self.listed = start.shape[0] > 1 or not (_ascending(start) and _ascending(stop))
+    lists: shape [b or 1, g or 1, r or 1] of the L lists, 1 where rows share them; listed: keys are index lists.
+    """
+
+    examples: slice
+    heads: slice
+    lists: tuple[int, int, int]
+    tiles: Iterable[Tile]
+    listed: bool = False
+
+
+def make_parts(
+    start: Tensor, stop: Tensor, *, batch: int, kv_heads: int, group: int, num_queries: int
+) -> tuple[Part, ...]:
+    """The parts that cover all rows. start, stop: query intervals [B or 1, G or 1, r or 1, Nk]."""
+    parts: list[Part] = []
+    for heads, living in _alike_heads(start, stop, kv_heads, num_queries):
+        size = 64 if living <= FEW_KEYS else 128
+        everyone = slice(0, batch), heads
+        lists, mine = _narrowed(start, stop, *everyone)
+        if num_queries <= FEW_QUERIES or num_queries * start.shape[-1] <= SMALL:
+            rows = _rows_at_once(group * num_queries * start.shape[-1])
+            for rectangle in _rectangles(*everyone, rows):
+                some, own = _narrowed(start, stop, *rectangle)
+                parts.append(Part(*rectangle, some, [Tile.of(0, num_queries, 0, *own)]))
+        elif lists == (1, 1, 1) and _ascending(mine[0]) and _ascending(mine[1]):
+            parts += _sliced(mine[0][0], mine[1][0], everyone, group, num_queries, size)
+        else:
+            tiles = Lists(*mine, num_queries, size)
+            for rectangle in _rectangles(*everyone, _rows_at_once(group * size * tiles.widest)):
+                some, own = _narrowed(start, stop, *rectangle)
+                shared = lists == (1, 1, 1) or rectangle == everyone
+                parts.append(Part(*rectangle, some, tiles if shared else Lists(*own, num_queries, size), listed=True))
+    return tuple(parts)
+
+
+def _sliced(
+    start: Tensor, stop: Tensor, everyone: tuple[slice, slice], group: int, num_queries: int, size: int
+) -> list[Part]:
+    """Parts of the rows that share one list of slices: all rows tile by tile, or row by row many tiles at once,
+    whichever takes fewer steps."""
+    batch, heads = everyone
+    plain = slice_tiles(start, stop, num_queries, size)
+    widest = max(tile.width for tile in plain)
+    rectangles = list(_rectangles(batch, heads, _rows_at_once(group * size * widest)))
+    folded = slice_tiles(start, stop, num_queries, size, fold=FOLDED_LOGITS // (group * size))
+    each = list(_rectangles(batch, heads, 1))
+    if 2 * len(folded) * len(each) < len(plain) * len(rectangles):
+        plain, rectangles = folded, each
+    return [Part(*rectangle, (1, 1, 1), plain) for rectangle in rectangles]
+
+
+def slice_tiles(start: Tensor, stop: Tensor, num_queries: int, size: int, fold: int = 0) -> list[Tile]:
+    """Tiles of `size` queries whose keys are slices; start, stop [Nk] never decrease. Consecutive ones whose slices
+    end `size` keys apart fold into one, up to `fold` keys in all."""
+    num_keys = len(start)
+    first = torch.arange(0, num_queries, size, dtype=torch.int32, device=start.device)
+    last = (first + (size - 1)).clamp(max=num_queries - 1)
+    begins = torch.searchsorted(stop, first, right=True).tolist()
+    ends = torch.searchsorted(start, last, right=True).tolist()
+    tiles, number = [], 0
+    while number < len(begins):
+        lo, begin, end = number * size, begins[number], ends[number]
+        count, width = _fold(begins[number:], ends[number:], size, fold, last=num_queries // size - number)
+        if count == 1:
+            begin = min(begin, end) // ROUND * ROUND
+            end = min(-(-end // ROUND) * ROUND, num_keys)
+            hi = min(lo + size, num_queries)
+            starts, stops = (x[None, begin:end] - lo for x in (start, stop))
+        else:
+            begin, hi = end - width, lo + count * size
+            here = lo + size * torch.arange(count, dtype=torch.int32, device=start.device)[:, None]
+            keys = slice(begin, end + (count - 1) * size)
+            starts, stops = (x[keys].unfold(0, width, size) - here for x in (start, stop))
+            if bool(((starts == starts[:1]) & (stops == stops[:1])).all()):
+                starts, stops = starts[:1], stops[:1]
+        tiles.append(Tile.of(lo, hi, begin, starts, stops, count))
+        number += count
+    return tiles
+
+
+def _fold(begins: list[int], ends: list[int], size: int, limit: int, last: int) -> tuple[int, int]:
+    """How many of the next tiles to fold, and the width of their windows, a multiple of `size`."""
+    count, width, needed = 0, 0, 0
+    for number, (begin, end) in enumerate(zip(begins[:last], ends[:last])):
+        wider = max(width, -(-(end - begin) // size) * size)
+        needed += end - begin
+        moved_on = end == ends[0] + number * size
+        if not moved_on or wider > ends[0] or wider * (number + 1) > min(limit, 1.25 * needed + size):
+            break
+        count, width = number + 1, wider
+    return max(count, 1), width
+
+
+class Lists:
+    """The tiles of L index lists that are walked together. start, stop: int32 [L, Nk], in 0..Nq."""
+
+    def __init__(self, start: Tensor, stop: Tensor, num_queries: int, size: int) -> None:
+        self.num_queries, self.size = num_queries, size
+        # Who is never met sorts behind everybody: its start is behind every tile, so it is never listed.
+        start = start.masked_fill(stop <= start, num_queries)
         self.order: Tensor | None = None
-        if self.listed:
-            # Who is never met sorts behind everybody; its start is behind every tile, so it is never listed.
-            start = start.masked_fill(stop <= start, num_queries)
-            if not _ascending(start):
-                self.order = torch.argsort(start, dim=-1, stable=True)
-                start, stop = start.gather(-1, self.order), stop.gather(-1, self.order)
-        self.start, self.stop = start, stop
-        self._count()
-
-    def _count(self) -> None:
-        """[L, tiles]: how many keys have started and stopped by each tile's first and last query."""
-        first = torch.arange(0, self.num_queries, self.tile, dtype=torch.int32, device=self.start.device)
-        last = (first + (self.tile - 1)).clamp(max=self.num_queries - 1)
-        first, last = (x.expand(self.start.shape[0], -1).contiguous() for x in (first, last))
-        start = self.start.contiguous()
-        stop = self.stop.contiguous()
-        if self.listed:
-            stop = stop.masked_fill(start == self.num_queries, self.num_queries).sort(-1).values
-        self.started = torch.searchsorted(start, last, right=True)
-        self.started_before = torch.searchsorted(start, first, right=True)
-        self.stopped_before = torch.searchsorted(stop, first, right=True)
-        self.stopped = torch.searchsorted(stop, last, right=True)
-        visited = (self.started - self.stopped_before).amax(0).clamp(min=0)
+        if not _ascending(start):
+            self.order = torch.argsort(start, dim=-1, stable=True)
+            start, stop = start.gather(-1, self.order), stop.gather(-1, self.order)
+        self.start, self.stop = start.contiguous(), stop.contiguous()
+        first = torch.arange(0, num_queries, size, dtype=torch.int32, device=start.device)
+        first = first.expand(start.shape[0], -1).contiguous()
+        last = (first + (size - 1)).clamp(max=num_queries - 1)
+        self.started = torch.searchsorted(self.start, last, right=True)  # [L, tiles]
+        ends = stop.masked_fill(start == num_queries, num_queries).sort(-1).values
+        visited = (self.started - torch.searchsorted(ends, first, right=True)).amax(0)
         self.widths: list[int] = (-(-visited // ROUND) * ROUND).tolist()
 
+    @property
+    def widest(self) -> int:
+        return max(self.widths)
+
     def __iter__(self) -> Iterator[Tile]:
-        return self._lists() if self.listed else self._slices()
-
-    def _bounds(self, number: int) -> tuple[int, int]:
-        return number * self.tile, min((number + 1) * self.tile, self.num_queries)
-
-    def _slices(self) -> Iterator[Tile]:
-        num_keys = self.start.shape[1]
-        counts = (self.stopped_before, self.started, self.stopped, self.started_before)
-        for number, (a, b, dying, born) in enumerate(zip(*(x[0].tolist() for x in counts))):
-            lo, hi = self._bounds(number)
-            a = min(a, b) // ROUND * ROUND
-            b = min(-(-b // ROUND) * ROUND, num_keys)
-            keys = slice(a, b)
-            masked = _columns((0, min(dying, b) - a), (max(born, a) - a, b - a))
-            yield Tile(lo, hi, b - a, keys, self.start[:, keys], self.stop[:, keys], masked)
-
-    def _lists(self) -> Iterator[Tile]:
         num_lists, num_keys = self.start.shape
-        nobody = self.start.new_tensor([[self.num_queries, 0]]).expand(num_lists, 2)
-        start = torch.cat([self.start, nobody[:, :1]], 1)
-        stop = torch.cat([self.stop, nobody[:, 1:]], 1)
-        order = None
-        if self.order is not None:
-            order = torch.cat([self.order, self.order.new_full((num_lists, 1), num_keys)], 1)
+        nobody = self.start.new_tensor([self.num_queries, 0, num_keys]).expand(num_lists, 3)
+        start = torch.cat([self.start, nobody[:, 0:1]], 1)
+        stop = torch.cat([self.stop, nobody[:, 1:2]], 1)
+        order = None if self.order is None else torch.cat([self.order, nobody[:, 2:3].long()], 1)
         listed = self.started.new_empty(num_lists, 0)
-        met_by_first = (self.started_before - self.stopped_before).amin(0).tolist()
-        newborn = torch.diff(self.started, prepend=self.started.new_zeros(num_lists, 1)).amax(0).tolist()
         begun = self.started.new_zeros(num_lists, 1)
+        newborn = torch.diff(self.started, prepend=begun).amax(0).tolist()
         for number, width in enumerate(self.widths):
-            lo, hi = self._bounds(number)
-            until = self.started[:, number : number + 1]
+            lo, until = number * self.size, self.started[:, number : number + 1]
             coming = begun + torch.arange(newborn[number], device=begun.device)
             coming = torch.where(coming < until, coming, num_keys)
             listed = _kept(torch.cat([listed, coming], 1), stop, lo, width, num_keys)
             begun = until
-            start_tile, stop_tile = start.gather(1, listed), stop.gather(1, listed)
             keys = listed if order is None else order.gather(1, listed)
-            dying = ((stop_tile < hi) & (start_tile <= lo)).any(0).nonzero()
-            dead = (int(dying[0]), int(dying[-1]) + 1) if len(dying) else (0, 0)
-            masked = _columns(dead, (met_by_first[number], width))
-            yield Tile(lo, hi, width, keys, start_tile, stop_tile, masked)
+            hi = min(lo + self.size, self.num_queries)
+            yield Tile.of(lo, hi, keys, start.gather(1, listed).sub_(lo), stop.gather(1, listed).sub_(lo))
 
 
 def _kept(listed: Tensor, stop: Tensor, lo: int, width: int, nobody: int) -> Tensor:
@@ -141,60 +202,14 @@ def _kept(listed: Tensor, stop: Tensor, lo: int, width: int, nobody: int) -> Ten
     return kept.scatter_(1, place, listed)[:, :width]
 
 
-def _ascending(x: Tensor) -> bool:
-    return bool((x[..., 1:] >= x[..., :-1]).all())
-
-
-def _columns(first: tuple[int, int], second: tuple[int, int]) -> tuple[slice, ...]:
-    """Two column ranges without the empty ones, joined where they touch."""
-    ranges = [r for r in (first, second) if r[1] > r[0]]
-    if len(ranges) == 2 and first[1] >= second[0]:
-        ranges = [(min(first[0], second[0]), max(first[1], second[1]))]
-    return tuple(slice(*r) for r in ranges)
-
-
-@dataclass(frozen=True)
-class Part:
-    """A rectangle of examples and key heads that walk their tiles together.
-
-    lists: shape [b or 1, g or 1, r or 1] of the plan's L lists, 1 where rows share them.
-    """
-
-    examples: slice
-    heads: slice
-    lists: tuple[int, int, int]
-    plan: TilePlan | OneTile
-
-
-def make_parts(
-    start: Tensor, stop: Tensor, *, batch: int, kv_heads: int, group: int, num_queries: int
-) -> tuple[Part, ...]:
-    """The parts that cover all rows, each with its plan. start, stop: query intervals [B or 1, G or 1, r or 1, Nk]."""
-    parts = []
-    num_keys = start.shape[-1]
-    for heads, living in _alike_heads(start, stop, kv_heads, num_queries):
-        tile = num_queries if _is_small(num_queries, num_keys) else 64 if living <= FEW_KEYS else 128
-        whole = _plan(start, stop, slice(0, batch), heads, num_queries, tile)
-        rows = max(1, LOGITS // max(1, group * tile * max(whole.plan.widths, default=0)))
-        for examples, some_heads in _rectangles(batch, heads, rows):
-            same = whole.lists == (1, 1, 1) or (examples, some_heads) == (whole.examples, whole.heads)
-            part = whole if same else _plan(start, stop, examples, some_heads, num_queries, tile)
-            parts.append(Part(examples, some_heads, part.lists, part.plan))
-    return tuple(parts)
-
-
-def _plan(start: Tensor, stop: Tensor, examples: slice, heads: slice, num_queries: int, tile: int) -> Part:
+def _narrowed(
+    start: Tensor, stop: Tensor, examples: slice, heads: slice
+) -> tuple[tuple[int, int, int], tuple[Tensor, Tensor]]:
+    """The lists of a rectangle: their shape [b or 1, g or 1, r or 1], and start and stop as [L, Nk]."""
     for axis, mine in enumerate((examples, heads)):
         if start.shape[axis] > 1:
             start, stop = (t.narrow(axis, mine.start, mine.stop - mine.start) for t in (start, stop))
-    lists = (start.shape[0], start.shape[1], start.shape[2])
-    start, stop = start.flatten(0, 2), stop.flatten(0, 2)
-    plan = OneTile(start, stop, num_queries) if tile == num_queries else TilePlan(start, stop, num_queries, tile)
-    return Part(examples, heads, lists, plan)
-
-
-def _is_small(num_queries: int, num_keys: int) -> bool:
-    return num_queries <= FEW_QUERIES or num_queries * num_keys <= SMALL
+    return (start.shape[0], start.shape[1], start.shape[2]), (start.flatten(0, 2), stop.flatten(0, 2))
 
 
 def _alike_heads(start: Tensor, stop: Tensor, kv_heads: int, num_queries: int) -> Iterator[tuple[slice, float]]:
@@ -210,13 +225,35 @@ def _alike_heads(start: Tensor, stop: Tensor, kv_heads: int, num_queries: int) -
             first = head
 
 
-def _rectangles(batch: int, heads: slice, rows: int) -> Iterator[tuple[slice, slice]]:
-    """`batch` examples by `heads`, cut into rectangles of at most `rows` rows."""
+def _rows_at_once(logits_of_a_row: int) -> int:
+    return max(1, LOGITS // max(1, logits_of_a_row))
+
+
+def _rectangles(examples: slice, heads: slice, rows: int) -> Iterator[tuple[slice, slice]]:
+    """The rows of a rectangle, cut into rectangles of at most `rows` rows."""
     num_heads = heads.stop - heads.start
     examples_at_once, heads_at_once = max(1, rows // num_heads), min(rows, num_heads)
-    for example in range(0, batch, examples_at_once):
+    for example in range(examples.start, examples.stop, examples_at_once):
         for head in range(heads.start, heads.stop, heads_at_once):
             yield (
-                slice(example, min(example + examples_at_once, batch)),
+                slice(example, min(example + examples_at_once, examples.stop)),
                 slice(head, min(head + heads_at_once, heads.stop)),
             )
+
+
+def _ascending(x: Tensor) -> bool:
+    return bool((x[..., 1:] >= x[..., :-1]).all())
+
+
+def _extent(columns: Tensor) -> tuple[int, int]:
+    """[L, W] bool -> the range of columns from the first to the last that is true anywhere."""
+    found = columns.any(0).nonzero()
+    return (int(found[0]), int(found[-1]) + 1) if len(found) else (0, 0)
+
+
+def _joined(first: tuple[int, int], second: tuple[int, int]) -> tuple[slice, ...]:
+    """Two column ranges without the empty ones, joined where they touch."""
+    ranges = sorted(r for r in (first, second) if r[1] > r[0])
+    if len(ranges) == 2 and ranges[0][1] >= ranges[1][0]:
+        ranges = [(ranges[0][0], max(ranges[0][1], ranges[1][1]))]
+    return tuple(slice(*r) for r in ranges)

@@ -13,7 +13,8 @@ from torch import Tensor
 from attention.lifetimes import Lifetimes, query_intervals
 from attention.ops.attend_plan import FEW_QUERIES, Part, make_parts
 from attention.ops.attend_segments import Segments, find_segments, segments_backward, segments_forward
-from attention.ops.attend_tiles import Gradients, Operands, tiles_backward, tiles_forward
+from attention.ops.attend_tiles import Gradients, tiles_backward, tiles_forward
+from attention.ops.attend_visit import Operands
 
 REMEMBERED = 16  # routes kept for the next call, the backward pass or the next layer
 LARGEST_REMEMBERED = 2**16  # numbers in one of them: static patterns, and of those that follow from data the small

@@ -247,6 +247,32 @@ def drawn_with_lists(request: pytest.FixtureRequest) -> Case:
     return CASES[request.param]()
 
 
+def long_window(**settings: int) -> Case:
+    return case(window(700, 37), queries=700, **settings)
+
+
+def long_documents() -> Case:
+    ends = torch.tensor([3, 400, 700])
+    tokens = torch.arange(700)
+    drawn = window(700, 60).until(ends[torch.searchsorted(ends, tokens, right=True)].int())
+    return case(drawn, queries=700, bias=random(2, 2, 700), gate=(random(2, 2, 700), random(2, 4, 700)))
+
+
+LONG_CASES: dict[str, Callable[[], Case]] = {
+    "window": long_window,
+    "window, one key head": lambda: long_window(kv_heads=1),
+    "window, narrow values": lambda: long_window(value_dim=3),
+    "documents, biased and gated": long_documents,
+}
+
+
+@pytest.fixture(params=LONG_CASES)
+def drawn_long(request: pytest.FixtureRequest) -> Case:
+    """Slices that move on with the queries for many tiles."""
+    torch.manual_seed(0)
+    return LONG_CASES[request.param]()
+
+
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything through the tile loop, few rows at a time."""

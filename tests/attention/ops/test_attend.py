@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from attention.ops.attend import attend, attend_reference
+from attention.ops.attend_visit import FoldVisit
 
 
 def by_loop(q, k, v, life, *, time=None, key_bias=None, gate=None):
@@ -76,3 +77,11 @@ def test_tile_loop_in_parts(drawn):
 @pytest.mark.usefixtures("small_parts", "no_fused_kernel")
 def test_without_the_fused_kernel(drawn):
     assert_equal(drawn, gradients(drawn, attend), gradients(drawn, attend_reference))
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_folded_tiles(drawn_long, monkeypatch):
+    visited, keys = [], FoldVisit.keys
+    monkeypatch.setattr(FoldVisit, "keys", lambda self, t: visited.append(self.tile.count) or keys(self, t))
+    assert_equal(drawn_long, gradients(drawn_long, attend), gradients(drawn_long, attend_reference))
+    assert max(visited) > 3
