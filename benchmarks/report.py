@@ -58,7 +58,7 @@ def publish(rows: list[dict[str, Any]], path: str | None) -> None:
 
 
 def _cell(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _processor() -> str:
