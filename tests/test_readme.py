@@ -13,6 +13,7 @@ from attention.mixer import MIXERS
 from tests.documents import ROOT, code_blocks
 
 SHORT = ["train.steps=2", "train.batch_tokens=1024", "data.seq_len=256", "eval.tokens=512", "model.dim=32"]
+LITTLE = ["data.validation=0.01"]
 TEXT = b"First Citizen:\nBefore we proceed any further, hear me speak.\n\n" * 200
 
 
@@ -33,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "configs").symlink_to(ROOT / "configs")
     (folder / "enwik8").write_bytes(b"<mediawiki xmlns=" + TEXT)
     (folder / "input.txt").write_bytes(TEXT)
-    run(folder, ["lmtrain", "train", "demo", *SHORT])
+    run(folder, ["lmtrain", "train", "demo", *SHORT, *LITTLE])
     return folder
 
 
