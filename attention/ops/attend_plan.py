@@ -25,6 +25,7 @@ SMALL = 2**15  # up to as many pairs of query and key, one masked tile beats any
 FEW_KEYS = 512  # up to as many keys met per query, tiles of 64 queries waste less than those of 128 gain
 LOGITS = 2**21  # logits of a tile, over all its rows: 8 MiB of float32
 FOLDED_LOGITS = 2**19  # logits of a fold
+KEPT_LISTS = 2**18  # entries of lists, 16 bytes each, up to which a plan is kept ready for the next walk
 
 
 @dataclass(frozen=True)
@@ -169,12 +170,19 @@ class Lists:
         ends = stop.masked_fill(start == num_queries, num_queries).sort(-1).values
         visited = (self.started - torch.searchsorted(ends, first, right=True)).amax(0)
         self.widths: list[int] = (-(-visited // ROUND) * ROUND).tolist()
+        self.ready: list[Tile] = []
 
     @property
     def widest(self) -> int:
         return max(self.widths)
 
     def __iter__(self) -> Iterator[Tile]:
+        if self.start.shape[0] * sum(self.widths) > KEPT_LISTS:
+            return self._walk()
+        self.ready = self.ready or list(self._walk())
+        return iter(self.ready)
+
+    def _walk(self) -> Iterator[Tile]:
         num_lists, num_keys = self.start.shape
         nobody = self.start.new_tensor([self.num_queries, 0, num_keys]).expand(num_lists, 3)
         start = torch.cat([self.start, nobody[:, 0:1]], 1)
