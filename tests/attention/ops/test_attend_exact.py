@@ -70,6 +70,8 @@ def test_later_deaths_and_births_change_no_bit_of_the_past(drawn_with_lists, mid
 
 @pytest.mark.usefixtures("path")
 def test_two_runs_are_equal_to_the_bit(drawn):
+    torch.set_num_threads(2)
+
     def run():
         for leaf in drawn.leaves:
             leaf.requires_grad_()
