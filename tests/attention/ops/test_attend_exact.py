@@ -68,17 +68,23 @@ def test_later_deaths_and_births_change_no_bit_of_the_past(drawn_with_lists, mid
     assert all(torch.equal(x[:, :, :middle], y[:, :, :middle]) for x, y in zip(before, after, strict=True))
 
 
-@pytest.mark.usefixtures("path")
-def test_two_runs_are_equal_to_the_bit(drawn):
+def assert_two_runs_are_equal(case):
     torch.set_num_threads(2)
 
     def run():
-        for leaf in drawn.leaves:
-            leaf.requires_grad_()
-        out, lse = drawn.call(attend)
-        return out, lse, *torch.autograd.grad((out * out).sum() + lse.nan_to_num(neginf=0.0).sum(), drawn.leaves)
+        leaves = [leaf.requires_grad_() for leaf in case.leaves]
+        out, lse = case.call(attend)
+        return out, lse, *torch.autograd.grad((out * out).sum() + lse.nan_to_num(neginf=0.0).sum(), leaves)
 
     assert all(map(torch.equal, run(), run()))
+
+
+def test_two_runs_over_lists_are_equal_to_the_bit(drawn_with_lists):
+    assert_two_runs_are_equal(drawn_with_lists)
+
+
+def test_two_runs_over_slices_are_equal_to_the_bit(drawn_long):
+    assert_two_runs_are_equal(drawn_long)
 
 
 class LargestTensor(TorchDispatchMode):
