@@ -1,6 +1,6 @@
-"""Draw the README's figure from committed numbers: step time against sequence length.
+"""Draw the figure of the README from committed numbers: step time against sequence length.
 
-    python benchmarks/plot.py        reads benchmarks/results/growth.json, writes docs/growth.svg
+python benchmarks/plot.py        reads benchmarks/results/growth.json, writes docs/growth.svg
 """
 
 from __future__ import annotations
