@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -135,6 +136,15 @@ def check_device(config: Config) -> list[Problem]:
     return [Problem("", "train.dtype", message)]
 
 
+def check_world(config: Config) -> list[Problem]:
+    """Whether a launcher started several processes: each would train the whole model by itself."""
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    if ranks == "1":
+        return []
+    message = f"this version trains in one process, and WORLD_SIZE is {ranks}; start it without a launcher"
+    return [Problem("", "parallel.engine", message)]
+
+
 def check_disk(config: Config) -> list[Problem]:
     """Whether the checkpoints fit on the disk of run.dir."""
     if config.model.vocab_size is None:
@@ -160,7 +170,7 @@ def check_run_folder(config: Config) -> list[Problem]:
     ]
 
 
-CHECKS = (check_data, check_device, check_run_folder, check_disk)
+CHECKS = (check_data, check_device, check_world, check_run_folder, check_disk)
 """All that is checked before training, beside the configuration itself."""
 
 

@@ -125,7 +125,7 @@ class CheckpointConfig:
 class ParallelConfig:
     """Who computes."""
 
-    engine: Literal["torch"] = setting("torch", "plain torch, on any number of data ranks")
+    engine: Literal["torch"] = setting("torch", "plain torch, in one process")
 
 
 @dataclass
