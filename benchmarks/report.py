@@ -18,7 +18,7 @@ import torch
 def environment() -> dict[str, Any]:
     """What the numbers depend on."""
     return {
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join(Path(word).name if word.startswith("/") else word for word in sys.argv),
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
