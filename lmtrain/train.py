@@ -7,10 +7,8 @@ when it is, and what is newer is cut from metrics.jsonl when the run resumes fro
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import time
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -42,7 +40,7 @@ from lmtrain.setup import (
 from lmtrain.signals import StopRequest
 from parallel.engine import StepInfo
 
-DONE, USER_ERROR, GAVE_UP, STOPPED = 0, 2, 4, 75
+DONE, GAVE_UP, STOPPED = 0, 4, 75
 """Exit codes of a training run; a last checkpoint that could not be written is a crash, 1."""
 
 
@@ -224,7 +222,7 @@ class Training:
                 self.step,
                 self.engine.state(),
                 state,
-                config=config_hash(self.config),
+                config=configuration.fingerprint(self.config, FREE_TO_CHANGE),
                 dataset=self.data.train.fingerprint,
             )
         except checkpoint.CheckpointError as error:
@@ -375,25 +373,6 @@ def make_loader(config: Config, dataset: TokenDataset) -> Loader:
         seed=config.run.seed,
         documents=config.data.documents,
     )
-
-
-def config_hash(config: Config) -> str:
-    """sha256 of the settings that decide what is learnt."""
-    kept = {key: value for key, value in flat(configuration.to_dict(config)) if not _free(key)}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of nested dictionaries as (dotted key, value)."""
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _free(key: str) -> bool:
-    return any(f"{key}.".startswith(f"{prefix}.") for prefix in FREE_TO_CHANGE)
 
 
 def bits_per_byte(loss: float, dataset: TokenDataset) -> float:

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -135,8 +136,14 @@ def differences(old: Config, new: Config, ignore: Sequence[str] = ()) -> list[tu
     return [
         (key, shown_before.get(key), shown_after.get(key))
         for key in before | after
-        if before.get(key) != after.get(key) and not any(f"{key}.".startswith(f"{k}.") for k in ignore)
+        if before.get(key) != after.get(key) and not _below(key, ignore)
     ]
+
+
+def fingerprint(config: Config, ignore: Sequence[str] = ()) -> str:
+    """sha256 of the settings as written, but for keys at or below those of `ignore`."""
+    kept = {key: value for key, value in _flat(to_dict(config)).items() if not _below(key, ignore)}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def shipped_configs() -> list[str]:
@@ -284,6 +291,10 @@ def _at(values: Any, key: str) -> Any:
         else:
             return None
     return values
+
+
+def _below(key: str, prefixes: Sequence[str]) -> bool:
+    return any(f"{key}.".startswith(f"{prefix}.") for prefix in prefixes)
 
 
 def _flat(values: dict[str, Any], above: str = "") -> dict[str, Any]:
