@@ -6,8 +6,10 @@ behaves packed with others as it does alone.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +17,10 @@ from torch import Tensor
 from attention.lifetimes import FOREVER
 from attention.mixer import Context
 from attention.ops.rotary import rotary_table
+
+LONGEST_KEPT = 2**17  # tokens: the tables of longer rows are too large to keep between steps
+
+Value = TypeVar("Value")
 
 
 @dataclass
@@ -63,9 +69,14 @@ class Clock:
 
     def rotary(self, dim: int, base: float) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the tokens' positions, computed once for all layers that rotate alike."""
-        if (dim, base) not in self.memo:
-            self.memo[dim, base] = rotary_table(self.position[:, None], dim, base)
-        return self.memo[dim, base]
+        return self.once((dim, base), lambda: rotary_table(self.position[:, None], dim, base))
+
+    def once(self, key: Any, compute: Callable[[], Value]) -> Value:
+        """What `compute` returns, computed for the first of the layers that ask for `key`."""
+        if key not in self.memo:
+            with torch.inference_mode(False):  # what is kept may meet a backward pass later
+                self.memo[key] = compute()
+        return self.memo[key]
 
     def after(self, batch: int) -> Stream:
         """Where the stream stands behind the new tokens."""
@@ -83,8 +94,6 @@ def read_clock(x: Tensor, ctx: Context | None, stream: Stream | None) -> Clock:
     """
     batch, length = x.shape[:2]
     if ctx is None or (ctx.positions is None and ctx.document_ends is None):
-        if stream is None and ctx is not None:
-            return _memoised(ctx, length, x.device)
         return _continue(length, stream, x.device)
     for name, value in (("positions", ctx.positions), ("document_ends", ctx.document_ends)):
         if value is not None and value.shape != (batch, length):
@@ -99,16 +108,22 @@ def read_clock(x: Tensor, ctx: Context | None, stream: Stream | None) -> Clock:
     return clock
 
 
-def _memoised(ctx: Context, length: int, device: torch.device) -> Clock:
-    key = ("plain", length, device)
-    if key not in ctx.memo:
-        ctx.memo[key] = Clock.plain(length, device)
-    return ctx.memo[key]
+@functools.lru_cache(maxsize=4)
+def _kept(length: int, device: torch.device) -> Clock:
+    with torch.inference_mode(False):
+        return Clock.plain(length, device)
+
+
+def _plain(length: int, device: torch.device) -> Clock:
+    """The clock of rows of one document each, the same object again and again: with its memo it outlives a step."""
+    if torch.compiler.is_compiling() or length > LONGEST_KEPT:
+        return Clock.plain(length, device)
+    return _kept(length, device)
 
 
 def _continue(length: int, stream: Stream | None, device: torch.device) -> Clock:
     if stream is None or stream.now == 0:
-        return Clock.plain(length, device)
+        return _plain(length, device)
     time = torch.arange(stream.now, stream.now + length, device=device)[None]
     return Clock(stream.now, time, time - stream.start_B[:, None], None)
 

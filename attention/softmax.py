@@ -85,6 +85,7 @@ class TokenAttention(Mixer):
         self.qkv = init_fan_in(nn.Linear(dim, rows, bias=False))
         self.output = init_fan_in(nn.Linear(self.heads * self.head_dim, dim, bias=False))
         residual_output(self.output.weight)
+        self._alike = (type(self), self.kv_heads, repr(config))  # layers that share this share lifetimes
 
     @abstractmethod
     def death(self, clock: Clock) -> Tensor:
@@ -97,11 +98,13 @@ class TokenAttention(Mixer):
     def forward(self, x: Tensor, ctx: Context | None = None, state: LivingKeys | None = None) -> MixerOutput:
         """y [B, T, d] from x [B, T, d]; see `Mixer.forward`."""
         clock = read_clock(x, ctx, None if state is None else state.stream)
-        q, k, v = self._heads(self.qkv(x)).split([self.heads, self.kv_heads, self.kv_heads], 1)
+        # Split before the heads part: the gradients of the three are then joined along contiguous rows.
+        widths = [heads * self.head_dim for heads in (self.heads, self.kv_heads, self.kv_heads)]
+        q, k, v = map(self._heads, self.qkv(x).split(widths, -1))
         if self.config.rotary:
             table = clock.rotary(self.head_dim, self.config.rotary)
             q, k = apply_rotary(q, table), apply_rotary(k, table)
-        life = self.lifetimes(clock)
+        life = clock.once(self._alike, lambda: self.lifetimes(clock))
         time = None if clock.now == 0 else clock.time[:, None].to(torch.int32)
         if state is not None:
             k, v, life = state.extend(k, v, life, clock)
@@ -112,7 +115,7 @@ class TokenAttention(Mixer):
 
     def _heads(self, x: Tensor) -> Tensor:
         """[B, T, heads * D] -> [B, heads, T, D]."""
-        return x.unflatten(2, (-1, self.head_dim)).transpose(1, 2)
+        return x.view(*x.shape[:2], x.shape[2] // self.head_dim, self.head_dim).transpose(1, 2)
 
     def init_state(self, batch: int, limit: int | None = None) -> LivingKeys:
         """An empty cache of living keys for `batch` sequences."""
