@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from attention.cache import LivingKeys
 from attention.clock import Clock, read_clock
 from attention.divisors import nearest_divisors
-from attention.lifetimes import Lifetimes
+from attention.lifetimes import FOREVER, Lifetimes
 from attention.mixer import (
     Context,
     Cost,
@@ -72,6 +72,8 @@ class TokenAttention(Mixer):
     """
 
     Config = AttentionConfig
+    some_immortal: ClassVar[bool] = False
+    """Some keys live to the end of their document and others do not: they are a generation of their own."""
 
     def __init__(self, dim: int, config: Any) -> None:
         super().__init__()
@@ -93,7 +95,9 @@ class TokenAttention(Mixer):
 
     def lifetimes(self, clock: Clock) -> Lifetimes:
         """Birth and death of the tokens' keys, int32 broadcast to [B, G, T]."""
-        return Lifetimes(clock.time[:, None].to(torch.int32), clock.until(self.death(clock)))
+        death = self.death(clock)
+        generation = (death >= FOREVER).to(torch.int32) if self.some_immortal else None
+        return Lifetimes(clock.time[:, None].to(torch.int32), clock.until(death), generation)
 
     def forward(self, x: Tensor, ctx: Context | None = None, state: LivingKeys | None = None) -> MixerOutput:
         """y [B, T, d] from x [B, T, d]; see `Mixer.forward`."""
