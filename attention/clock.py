@@ -57,6 +57,11 @@ class Clock:
         return self.time - self.position
 
     @property
+    def query_time(self) -> Tensor | None:
+        """The times as `attend` takes those of its queries: int32 [1, 1, T], None for 0..T-1."""
+        return None if self.now == 0 else self.time[:, None].to(torch.int32)
+
+    @property
     def first_start_B(self) -> Tensor:  # noqa: N802 - a shape suffix
         """[B or 1]: when the first document among the new tokens begins; FOREVER if none does."""
         return torch.where(self.position == 0, self.time, FOREVER).amin(1)

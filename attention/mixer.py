@@ -90,6 +90,11 @@ class Mixer(nn.Module):
     Config: ClassVar[type[Any]]
     causality: Causality = "strict"
 
+    @classmethod
+    def of(cls, dim: int, config: Any) -> Mixer:
+        """The mixer that `config` describes: one of this class, unless its settings choose between several."""
+        return cls(dim, config)
+
     @abstractmethod
     def forward(self, x: Tensor, ctx: Context | None = None, state: Any = None) -> MixerOutput:
         """Mix x [B, T, d]. Without `ctx`: one unpacked document per row, starting at position 0.
@@ -134,7 +139,7 @@ def build(name: str, dim: int, **settings: Any) -> Mixer:
     config, problems = read_settings(name, dim, settings)
     if problems:
         raise ValueError("; ".join(message for _, message in problems))
-    return MIXERS[name](dim, config)
+    return MIXERS[name].of(dim, config)
 
 
 def read_settings(name: str, dim: int, settings: dict[str, Any]) -> tuple[Any, list[tuple[str, str]]]:

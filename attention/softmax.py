@@ -1,6 +1,6 @@
-"""What the softmax mixers over tokens share: projections, rotary positions, the call of `attend`, the cache.
+"""What the softmax mixers over tokens share: projections, rotary positions, the cache, the cost.
 
-A subclass says one thing only: how long each token's key lives.
+Most need say one thing only: how long each token's key lives (`TokenAttention`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from attention.cache import LivingKeys
 from attention.clock import Clock, read_clock
 from attention.divisors import nearest_divisors
-from attention.lifetimes import FOREVER, Lifetimes
+from attention.lifetimes import FOREVER, Lifetimes, living_pairs
 from attention.mixer import (
     Context,
     Cost,
@@ -63,8 +63,8 @@ class AttentionConfig:
         return dim // self.heads if self.head_dim is None else self.head_dim
 
 
-class TokenAttention(Mixer):
-    """Softmax attention whose keys are the tokens themselves, each alive from its own time to its death.
+class SoftmaxAttention(Mixer):
+    """Softmax attention whose keys are the tokens themselves; a subclass says who meets whom, in which order.
 
     q = x W_q, k = x W_k, v = x W_v (rows of `qkv`, in this order, head after head), y = concat(heads) W_o, no biases;
     matrices start at N(0, 1 / fan_in).
@@ -73,7 +73,7 @@ class TokenAttention(Mixer):
 
     Config = AttentionConfig
     some_immortal: ClassVar[bool] = False
-    """Some keys live to the end of their document and others do not: they are a generation of their own."""
+    """Some rows live to the end of their document and others do not: they are a generation of their own."""
 
     def __init__(self, dim: int, config: Any) -> None:
         super().__init__()
@@ -87,14 +87,25 @@ class TokenAttention(Mixer):
         self.qkv = init_fan_in(nn.Linear(dim, rows, bias=False))
         self.output = init_fan_in(nn.Linear(self.heads * self.head_dim, dim, bias=False))
         residual_output(self.output.weight)
-        self._alike = (type(self), self.kv_heads, repr(config))  # layers that share this share lifetimes
+        self.alike = (type(self), self.kv_heads, repr(config))  # layers that share this share lifetimes
 
     @abstractmethod
     def death(self, clock: Clock) -> Tensor:
-        """Time at which each token's key dies, were its document endless: int64, broadcast to [B, G, T]."""
+        """Time at which each token's row may be forgotten, were its document endless: int64, broadcast to [B, G, T]."""
+
+    @abstractmethod
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, clock: Clock, state: LivingKeys | None) -> Tensor:
+        """Outputs of the heads [B, H, T, D], from q [B, H, T, D] and k, v [B, G, T, D] of the new tokens.
+
+        With a state: adds the new rows to it, and meets those it holds.
+        """
+
+    @abstractmethod
+    def pairs(self, length: int) -> int:
+        """(query, living key) pairs of one document of `length` tokens, over all query heads."""
 
     def lifetimes(self, clock: Clock) -> Lifetimes:
-        """Birth and death of the tokens' keys, int32 broadcast to [B, G, T]."""
+        """Birth and death of the tokens' rows, int32 broadcast to [B, G, T]."""
         death = self.death(clock)
         generation = (death >= FOREVER).to(torch.int32) if self.some_immortal else None
         return Lifetimes(clock.time[:, None].to(torch.int32), clock.until(death), generation)
@@ -108,11 +119,7 @@ class TokenAttention(Mixer):
         if self.config.rotary:
             table = clock.rotary(self.head_dim, self.config.rotary)
             q, k = apply_rotary(q, table), apply_rotary(k, table)
-        life = clock.once(self._alike, lambda: self.lifetimes(clock))
-        time = None if clock.now == 0 else clock.time[:, None].to(torch.int32)
-        if state is not None:
-            k, v, life = state.extend(k, v, life, clock)
-        out, _ = attend(q, k, v, life, time=time)
+        out = self.mix(q, k, v, clock, state)
         if state is not None:
             state.advance(clock)
         return MixerOutput(self.output(out.transpose(1, 2).flatten(2)), {})
@@ -125,18 +132,11 @@ class TokenAttention(Mixer):
         """An empty cache of living keys for `batch` sequences."""
         return LivingKeys(batch, self.qkv.weight.device, limit)
 
-    def pattern(self, length: int) -> Lifetimes:
-        """Lifetimes of the keys of one document of `length` tokens, int32 broadcast to [kv_heads, length]."""
-        life = self.lifetimes(Clock.plain(length, torch.device("cpu")))
-        return Lifetimes(life.birth[0], life.death[0])
-
     def cost(self, length: int) -> Cost:
-        """parameters 2dD(H+G), flops 4TdD(H+G) + 4D pairs, state = keys of the past that outlive it."""
-        life = self.pattern(length)
-        birth, death = (t.expand(self.kv_heads, length).to(torch.int64) for t in (life.birth, life.death))
-        lived = (death.clamp(max=length) - birth).clamp(min=0)
-        pairs = int(lived.sum()) * (self.heads // self.kv_heads)
-        rows = int((death > length).sum())
+        """parameters 2dD(H+G), flops 4TdD(H+G) + 4D pairs, state = rows of the past that outlive it."""
+        pairs = self.pairs(length)
+        kept = self.lifetimes(Clock.plain(length, torch.device("cpu"))).death > length
+        rows = int(kept.expand(1, self.kv_heads, length).sum())
         matrices = 2 * self.dim * self.head_dim * (self.heads + self.kv_heads)
         itemsize = self.qkv.weight.element_size()
         return Cost(
@@ -145,3 +145,24 @@ class TokenAttention(Mixer):
             pairs=pairs,
             state_bytes=rows * 2 * self.head_dim * itemsize,
         )
+
+
+class TokenAttention(SoftmaxAttention):
+    """Softmax attention in one call, over time: each key is alive from its own time to its death."""
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, clock: Clock, state: LivingKeys | None) -> Tensor:
+        """See `SoftmaxAttention.mix`."""
+        life = clock.once(self.alike, lambda: self.lifetimes(clock))
+        if state is not None:
+            k, v, life = state.extend(k, v, life, clock)
+        return attend(q, k, v, life, time=clock.query_time)[0]
+
+    def pattern(self, length: int) -> Lifetimes:
+        """Lifetimes of the keys of one document of `length` tokens, int32 broadcast to [kv_heads, length]."""
+        life = self.lifetimes(Clock.plain(length, torch.device("cpu")))
+        return Lifetimes(life.birth[0], life.death[0])
+
+    def pairs(self, length: int) -> int:
+        """See `SoftmaxAttention.pairs`."""
+        heads = {"heads": self.heads, "kv_heads": self.kv_heads}
+        return living_pairs(self.pattern(length), None, batch=1, num_queries=length, num_keys=length, **heads)
