@@ -37,7 +37,7 @@ class LivingKeys:
         torch.minimum(old["death"], ended, out=old["death"])
         self._append(k, v, life)
         rows = {name: rows[:, :, : self.size] for name, rows in self.rows.items()}
-        if not (k.requires_grad or v.requires_grad):
+        if not torch.is_grad_enabled():
             return rows["k"], rows["v"], Lifetimes(rows["birth"], rows["death"])
         # Backward will read what it was given, so hand out copies that later tokens do not touch.
         k, v = torch.cat([old["k"], k], 2), torch.cat([old["v"], v], 2)

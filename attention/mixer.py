@@ -89,6 +89,9 @@ class Mixer(nn.Module):
 
     Config: ClassVar[type[Any]]
     causality: Causality = "strict"
+    shared_state: str | None = None
+    """Mixers of one model with the same name here keep one state among them, which the model counts once: the first
+    one's `init_state` makes it, and its `of_another_layer()` is the state of each other one."""
 
     @classmethod
     def of(cls, dim: int, config: Any) -> Mixer:

@@ -122,20 +122,24 @@ def add_losses(total: dict[str, Tensor], losses: dict[str, Tensor]) -> None:
 
 @dataclass
 class ModelState:
-    """What decoding remembers: one state per mixer of each layer, and where the tokens stand."""
+    """What decoding remembers: one state per mixer of each layer, and where the tokens stand.
+
+    distinct: each of the states once; of those that share what they hold (`Mixer.shared_state`), the first.
+    """
 
     layers: list[dict[str, Any]]
+    distinct: list[Any]
     stream: Stream
 
     @property
     def bytes(self) -> int:
         """Bytes of the living rows of all layers and sequences."""
-        return sum(state.bytes for layer in self.layers for state in layer.values())
+        return sum(state.bytes for state in self.distinct)
 
     @property
     def capacity(self) -> int:
         """Bytes allocated, padding included."""
-        return sum(state.capacity for layer in self.layers for state in layer.values())
+        return sum(state.capacity for state in self.distinct)
 
 
 class DecoderLM(nn.Module):
@@ -232,9 +236,23 @@ class DecoderLM(nn.Module):
 
     def init_state(self, batch: int, limit: int | None = None) -> ModelState:
         """An empty state for `batch` sequences; no key in it outlives `limit` tokens (`Mixer.init_state`)."""
-        layers = [{name: mixer.init_state(batch, limit) for name, mixer in block.items()} for block in self.layers]
+        states: dict[Mixer, Any] = {}
+        distinct = []
+        for mixer, owner in self._state_owners().items():
+            if owner is mixer:
+                states[mixer] = mixer.init_state(batch, limit)
+                distinct.append(states[mixer])
+            else:
+                states[mixer] = states[owner].of_another_layer()
+        layers = [{name: states[mixer] for name, mixer in block.items()} for block in self.layers]
         start = torch.zeros(batch, dtype=torch.int64, device=self.embedding.weight.device)
-        return ModelState(layers, Stream(0, start))
+        return ModelState(layers, distinct, Stream(0, start))
+
+    def _state_owners(self) -> dict[Mixer, Mixer]:
+        """For each mixer, in order, the one whose state it uses: itself, or the first of the same `shared_state`."""
+        first: dict[Mixer | str, Mixer] = {}
+        mixers = [mixer for block in self.layers for _, mixer in block.items()]
+        return {mixer: first.setdefault(mixer.shared_state or mixer, mixer) for mixer in mixers}
 
     @property
     def causality(self) -> str:
@@ -249,10 +267,16 @@ class DecoderLM(nn.Module):
                 mixer.after_step(skipped)
 
     def layer_costs(self, length: int) -> list[dict[str, Cost]]:
-        """For each layer the cost of each mixer, and of the feed-forward layer as `ffn`, at `length` tokens."""
-        costs = []
+        """For each layer the cost of each mixer, and of the feed-forward layer as `ffn`, at `length` tokens.
+
+        A state that mixers share is charged to the first of them.
+        """
+        costs, owners = [], self._state_owners()
         for block in self.layers:
             of_layer = {name: mixer.cost(length) for name, mixer in block.items()}
+            for name, mixer in block.items():
+                if owners[mixer] is not mixer:
+                    of_layer[name] = dataclasses.replace(of_layer[name], state_bytes=0)
             matrices = sum(p.numel() for p in block.ffn.parameters())
             of_layer["ffn"] = Cost(matrices, 2 * length * matrices, 0, 0)
             costs.append(of_layer)
