@@ -43,6 +43,13 @@ class LivingKeys:
         k, v = torch.cat([old["k"], k], 2), torch.cat([old["v"], v], 2)
         return k, v, Lifetimes(rows["birth"].clone(), rows["death"].clone())
 
+    def starts(self, clock: Clock) -> Tensor:
+        """[B, G, N] of all rows, asked between `extend` and `advance`: the time at which the row's document began,
+        FOREVER for those that no new query may meet."""
+        began = self.stream.start_B[:, None].expand(-1, self.size - clock.time.shape[1])
+        new = clock.starts.expand(len(began), -1)
+        return torch.where(self._alive(), torch.cat([began, new], 1)[:, None], FOREVER)
+
     def advance(self, clock: Clock) -> None:
         """The new tokens are done: move on, and forget who is dead by then."""
         self.stream = clock.after(len(self.stream.start_B))

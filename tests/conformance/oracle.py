@@ -140,10 +140,11 @@ def projections(mixer: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def masked_attention(mixer: Any, x: Tensor, allowed: Tensor) -> Tensor:
-    """y of softmax attention in which a query meets the keys that `allowed` [T, T] or [H, T, T] says."""
+    """y of softmax attention in which a query meets the keys that `allowed` [T, T] or [H, T, T] says; 0 from nobody."""
     q, k, v = projections(mixer, x)
     logits = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
-    weights = logits.masked_fill(~allowed, -torch.inf).softmax(-1)
+    alone = ~allowed.any(-1, keepdim=True)
+    weights = logits.masked_fill(~(allowed | alone), -torch.inf).softmax(-1).masked_fill(alone, 0.0)
     return (weights @ v).transpose(1, 2).flatten(2) @ mixer.output.weight.T
 
 
