@@ -70,12 +70,12 @@ def query_intervals(
     alike where it is missing, 1 long, or an `expand`).
     """
     birth, death = torch.broadcast_tensors(
-        _unexpanded(life.birth, num_keys).unsqueeze(2), _unexpanded(life.death, num_keys).unsqueeze(2)
+        unexpanded(life.birth, num_keys).unsqueeze(2), unexpanded(life.death, num_keys).unsqueeze(2)
     )
     if time is None:
         return birth.clamp(0, num_queries), death.clamp(0, num_queries)
     # A query at FOREVER stands behind every death: nobody's interval reaches it.
-    time = _unexpanded(time, num_queries)
+    time = unexpanded(time, num_queries)
     if time.shape[0] == time.shape[1] == 1:
         time = time[0, 0].contiguous()
     else:
@@ -108,7 +108,7 @@ def living_pairs(
     return int(met.expand(batch, kv_heads, heads // kv_heads, num_keys).sum())
 
 
-def _unexpanded(x: Tensor, length: int) -> Tensor:
+def unexpanded(x: Tensor, length: int) -> Tensor:
     """`x` as [B or 1, G or H or 1, length], 1 long where it only repeats."""
     x = x.reshape((1,) * (3 - x.dim()) + tuple(x.shape))
     for axis in (0, 1):

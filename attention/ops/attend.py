@@ -4,12 +4,18 @@ Legend of shapes: B batch, H query heads, G key heads, r = H / G (head h reads g
 D width of queries and keys, Dv width of values.
 """
 
+import os
+
 import torch
 from torch import Tensor
 
 from attention.lifetimes import Lifetimes
 from attention.ops.attend_op import attend_op
+from attention.ops.attend_plan import FEW_QUERIES
 from attention.ops.attend_tiles import gate_share
+
+DEBUG = os.environ.get("LMTRAIN_DEBUG") == "1"
+"""Check on every device what only the data can tell, at the price of waiting for it. On a CPU it always is checked."""
 
 IMPLEMENTATIONS = ("reference", "torch", "triton")
 
@@ -37,7 +43,9 @@ def attend(
                pair is c exp(logit) with c = clip(u - tau, 0, 1), in numerator and normaliser (SPARSEK, arXiv
                2406.16747). tau may be -inf (c = 1).
     scale      of the logits, default D^-1/2
-    implementation   "torch" (the default everywhere) or "reference" (quadratic memory: for tests)
+    implementation   "torch"; "triton" (kernels, for CUDA devices); "reference" (quadratic memory: for tests).
+               Default: the kernels on a CUDA device where they can take the operands and there is more than a
+               token or two to decode, else torch
 
     Returns out [B, H, Nq, Dv] in q's type, and lse [B, H, Nq], natural log, float32 (float64 if q is). A query
     that meets nobody gets out = 0, lse = -inf and zero gradients. Differentiable in q, k, v, key_bias, u and tau,
@@ -50,7 +58,8 @@ def attend(
     if implementation == "reference":
         return attend_reference(q, k, v, life, time=time, key_bias=key_bias, gate=gate, scale=scale)
     u, tau = (None, None) if gate is None else gate
-    return attend_op(q, k, v, life.birth, life.death, time, key_bias, u, tau, float(scale))
+    kernel = implementation == "triton" or (implementation is None and q.is_cuda and _takes_kernel(q, v))
+    return attend_op(q, k, v, life.birth, life.death, life.generation, time, key_bias, u, tau, float(scale), kernel)
 
 
 def attend_reference(
@@ -114,8 +123,6 @@ def _check(
     """Everything that can be checked without looking at the data."""
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"implementation: expected None or one of {IMPLEMENTATIONS}, got {implementation!r}")
-    if implementation == "triton":
-        raise ValueError("implementation: this version has no Triton kernel of attend yet; use None or 'torch'")
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:
             raise ValueError(f"{name}: expected [batch, heads, items, width], got shape {tuple(x.shape)}")
@@ -134,6 +141,8 @@ def _check(
     _check_one("v", v, v.shape, v.dtype, q.device)
     _check_one("life.birth", life.birth, keys, torch.int32, q.device)
     _check_one("life.death", life.death, keys, torch.int32, q.device)
+    if life.generation is not None:
+        _check_one("life.generation", life.generation, keys, torch.int32, q.device)
     if time is not None:
         _check_one("time", time, queries, torch.int32, q.device)
     if key_bias is not None:
@@ -141,6 +150,30 @@ def _check(
     if gate is not None:
         _check_one("gate[0] (u)", gate[0], keys, floating, q.device)
         _check_one("gate[1] (tau)", gate[1], queries, floating, q.device)
+    if implementation == "triton":
+        reason = _why_no_kernel(q, v)
+        if reason is not None:
+            raise ValueError(f"implementation: {reason}")
+    if time is not None and _may_look(time) and not bool((time[..., 1:] >= time[..., :-1]).all()):
+        raise ValueError("time: expected ascending times along the queries, got some that fall")
+
+
+def _may_look(x: Tensor) -> bool:
+    """Whether a check may read numbers: not while a graph is traced, nor where it would wait for the device."""
+    return (DEBUG or x.device.type == "cpu") and not torch.compiler.is_compiling()
+
+
+def _takes_kernel(q: Tensor, v: Tensor) -> bool:
+    """Whether the kernels serve a call best that does not say; Triton is imported by the first one on a GPU."""
+    return q.shape[2] > FEW_QUERIES and _why_no_kernel(q, v) is None
+
+
+def _why_no_kernel(q: Tensor, v: Tensor) -> str | None:
+    try:
+        from attention.ops.attend_triton import why_not
+    except ModuleNotFoundError as error:
+        return f"the Triton kernels need the package {error.name}"
+    return why_not(q, v)
 
 
 def _check_one(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""The torch path of `attend` as operators of torch: autograd, compile, checkpointing and FLOP counts see one node."""
+"""`attend` as operators of torch: autograd, compile, checkpointing and FLOP counts see one node."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -8,19 +8,21 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from attention.lifetimes import Lifetimes, living_pairs
-from attention.ops.attend_torch import attend_backward, attend_forward, empty_heads_last
-from attention.ops.attend_visit import Operands
+from attention.ops import attend_torch
+from attention.ops.attend_operands import Operands, empty_heads_last
 
 # Registered by hand rather than by `torch.library.custom_op`, which costs 60 us per call and its backward where this
 # costs 20: 5 % against 2 % of attention in the smallest training we care for (12 sequences of 64 tokens, 4 heads of
 # 32). opcheck, compile and activation checkpointing pass alike.
 _library = torch.library.Library("attention", "FRAGMENT")
 _OPERANDS = (
-    "Tensor q, Tensor k, Tensor v, Tensor birth, Tensor death, Tensor? time, Tensor? bias, Tensor? u, Tensor? tau"
+    "Tensor q, Tensor k, Tensor v, Tensor birth, Tensor death, Tensor? generation, Tensor? time, "
+    "Tensor? bias, Tensor? u, Tensor? tau"
 )
-_library.define(f"attend({_OPERANDS}, float scale) -> (Tensor out, Tensor lse)")
+_library.define(f"attend({_OPERANDS}, float scale, bool kernel) -> (Tensor out, Tensor lse)")
 _library.define(
-    f"attend_backward(Tensor dout, Tensor? dlse, {_OPERANDS}, Tensor out, Tensor lse, float scale) -> Tensor[]"
+    f"attend_backward(Tensor dout, Tensor? dlse, {_OPERANDS}, Tensor out, Tensor lse, float scale, bool kernel) "
+    "-> Tensor[]"
 )
 _forward_op = torch.ops.attention.attend.default
 _backward_op = torch.ops.attention.attend_backward.default
@@ -32,14 +34,16 @@ def attend_op(
     v: Tensor,
     birth: Tensor,
     death: Tensor,
+    generation: Tensor | None,
     time: Tensor | None,
     bias: Tensor | None,
     u: Tensor | None,
     tau: Tensor | None,
     scale: float,
+    kernel: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) of `attend`, as one operator."""
-    return _forward_op(q, k, v, birth, death, time, bias, u, tau, scale)
+    """(out, lse) of `attend`, as one operator; by the Triton kernels if `kernel`, else by torch."""
+    return _forward_op(q, k, v, birth, death, generation, time, bias, u, tau, scale, kernel)
 
 
 def _forward(
@@ -48,14 +52,17 @@ def _forward(
     v: Tensor,
     birth: Tensor,
     death: Tensor,
+    generation: Tensor | None,
     time: Tensor | None,
     bias: Tensor | None,
     u: Tensor | None,
     tau: Tensor | None,
     scale: float,
+    kernel: bool,
 ) -> tuple[Tensor, Tensor]:
     with _no_autocast(q):
-        return attend_forward(_operands(q, k, v, bias, u, tau, scale), Lifetimes(birth, death), time)
+        x, life = _operands(q, k, v, bias, u, tau, scale), Lifetimes(birth, death, generation)
+        return _path(kernel).attend_forward(x, life, time)
 
 
 def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -71,6 +78,7 @@ def _backward(
     v: Tensor,
     birth: Tensor,
     death: Tensor,
+    generation: Tensor | None,
     time: Tensor | None,
     bias: Tensor | None,
     u: Tensor | None,
@@ -78,12 +86,12 @@ def _backward(
     out: Tensor,
     lse: Tensor,
     scale: float,
+    kernel: bool,
 ) -> list[Tensor]:
     """Gradients of q, k, v, and of those of bias, u, tau that are given, as [B, G, Nk] and [B, H, Nq]."""
     with _no_autocast(q):
-        x = _operands(q, k, v, bias, u, tau, scale)
-        grads = attend_backward(dout, dlse, x, Lifetimes(birth, death), time, out, lse)
-    return [t for t in (grads.q, grads.k, grads.v, grads.bias, grads.u, grads.tau) if t is not None]
+        x, life = _operands(q, k, v, bias, u, tau, scale), Lifetimes(birth, death, generation)
+        return _path(kernel).attend_backward(dout, dlse, x, life, time, out, lse).given
 
 
 def _fake_backward(
@@ -94,6 +102,7 @@ def _fake_backward(
     v: Tensor,
     birth: Tensor,
     death: Tensor,
+    generation: Tensor | None,
     time: Tensor | None,
     bias: Tensor | None,
     u: Tensor | None,
@@ -101,10 +110,20 @@ def _fake_backward(
     out: Tensor,
     lse: Tensor,
     scale: float,
+    kernel: bool,
 ) -> list[Tensor]:
     grads = [empty_heads_last(t, t.shape[-1]) for t in (q, k, v)]
     owners = (t for t, given in ((k, bias), (k, u), (q, tau)) if given is not None)
     return grads + [empty_heads_last(t, dtype=lse.dtype) for t in owners]
+
+
+def _path(kernel: bool) -> Any:
+    """The module that computes; the kernels' is imported by the first call that takes it, and Triton with it."""
+    if not kernel:
+        return attend_torch
+    from attention.ops import attend_triton
+
+    return attend_triton
 
 
 def _no_autocast(q: Tensor) -> AbstractContextManager[Any]:
@@ -126,7 +145,7 @@ class _Attend(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
             out, lse = _forward_op(*args)
-        *tensors, ctx.scale = args
+        *tensors, ctx.scale, ctx.kernel = args
         ctx.save_for_backward(*tensors, out, lse)
         ctx.set_materialize_grads(False)
         return out, lse
@@ -137,10 +156,10 @@ class _Attend(torch.autograd.Function):
         *tensors, out, lse = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(out)
-        dq, dk, dv, *rest = _backward_op(dout, dlse, *tensors, out, lse, ctx.scale)
-        optional = tensors[6:]  # bias, u, tau
+        dq, dk, dv, *rest = _backward_op(dout, dlse, *tensors, out, lse, ctx.scale, ctx.kernel)
+        optional = tensors[7:]  # bias, u, tau
         dbias, du, dtau = (None if t is None else rest.pop(0).sum_to_size(t.shape) for t in optional)
-        return dq, dk, dv, None, None, None, dbias, du, dtau, None
+        return dq, dk, dv, None, None, None, None, dbias, du, dtau, None, None
 
 
 def _differentiable(*args: Any) -> tuple[Tensor, Tensor]:
@@ -172,7 +191,15 @@ def _pairs(q: Tensor, k: Tensor, birth: Tensor, death: Tensor, time: Tensor | No
 
 @register_flop_formula(torch.ops.attention.attend, get_raw=True)
 def _forward_flops(
-    q: Tensor, k: Tensor, v: Tensor, birth: Tensor, death: Tensor, time: Tensor | None, *args: Any, **kwargs: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    birth: Tensor,
+    death: Tensor,
+    generation: Tensor | None,
+    time: Tensor | None,
+    *args: Any,
+    **kwargs: Any,
 ) -> int:
     """Two products per living pair."""
     return 2 * (q.shape[-1] + v.shape[-1]) * _pairs(q, k, birth, death, time)
@@ -187,6 +214,7 @@ def _backward_flops(
     v: Tensor,
     birth: Tensor,
     death: Tensor,
+    generation: Tensor | None,
     time: Tensor | None,
     *args: Any,
     **kwargs: Any,

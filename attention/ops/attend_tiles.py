@@ -9,27 +9,15 @@ G key heads, Nq queries, Nk keys, D width of queries and keys, Dv width of value
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from attention.ops.attend_operands import Gradients, Operands
 from attention.ops.attend_plan import Part
-from attention.ops.attend_visit import Operands, Rows, Visit
+from attention.ops.attend_visit import Rows, Visit
 
 LOG2_E, LN_2 = math.log2(math.e), math.log(2.0)
-
-
-@dataclass(frozen=True)
-class Gradients:
-    """To be filled, in the shapes of the operands; q, k, v in their type, the others in at least float32."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    bias: Tensor | None
-    u: Tensor | None
-    tau: Tensor | None
 
 
 def tiles_forward(x: Operands, part: Part, out: Tensor, lse: Tensor) -> None:

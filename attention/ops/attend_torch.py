@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from attention.lifetimes import Lifetimes, query_intervals
+from attention.ops.attend_operands import Gradients, Operands, empty_heads_last, heads_last, row_terms
 from attention.ops.attend_plan import FEW_QUERIES, Part, make_parts
 from attention.ops.attend_segments import Segments, find_segments, segments_backward, segments_forward
-from attention.ops.attend_tiles import Gradients, tiles_backward, tiles_forward
-from attention.ops.attend_visit import Operands
+from attention.ops.attend_tiles import tiles_backward, tiles_forward
 
 REMEMBERED = 16  # routes kept for the next call, the backward pass or the next layer
 LARGEST_REMEMBERED = 2**16  # numbers in one of them: static patterns, and of those that follow from data the small
@@ -48,30 +48,11 @@ def attend_backward(
         dqkv = segments_backward(dout, dlse, x.q, x.k, x.v, out, lse, route.segments, x.scale)
         dq, dk, dv = (heads_last(t) for t in dqkv)
         return Gradients(dq, dk, dv, None, None, None)
-    delta = (out.to(x.wide) * dout.to(x.wide)).sum(-1)
-    if dlse is not None:
-        delta = delta - dlse
-    # Who meets nobody has weights exp(-inf) = 0, and gradients of 0 even where that of its lse is not finite.
-    empty = lse == -torch.inf
-    delta, lse = delta.masked_fill(empty, 0.0), lse.masked_fill(empty, torch.inf)
-    grads = Gradients(
-        *(empty_heads_last(t, t.shape[-1]) for t in (x.q, x.k, x.v)),
-        *(None if t is None else empty_heads_last(t, dtype=x.wide) for t in (x.bias, x.u, x.tau)),
-    )
+    delta, lse = row_terms(dout, dlse, out, lse, x.wide)
+    grads = Gradients.empty(x)
     for part in route.parts:
         tiles_backward(x, part, dout, delta, lse, grads)
     return grads
-
-
-def empty_heads_last(like: Tensor, *width: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Uninitialised [B, heads, n, *width] in the memory layout [B, n, heads, *width]."""
-    batch, heads, length = like.shape[:3]
-    return like.new_empty(batch, length, heads, *width, dtype=dtype).transpose(1, 2)
-
-
-def heads_last(x: Tensor) -> Tensor:
-    """`x` [B, heads, n, ...] in the memory layout [B, n, heads, ...], copied unless it has it."""
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 @dataclass(frozen=True)

@@ -7,30 +7,12 @@ or, where tiles are folded, one tile of a single key head (R = count).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from attention.ops.attend_operands import Operands
 from attention.ops.attend_plan import Part, Tile
-
-
-@dataclass(frozen=True)
-class Operands:
-    """q [B, H, Nq, D], k [B, G, Nk, D], v [B, G, Nk, Dv]; bias and u [B, G, Nk], tau [B, H, Nq], or None."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    bias: Tensor | None
-    u: Tensor | None
-    tau: Tensor | None
-    scale: float
-
-    @property
-    def wide(self) -> torch.dtype:
-        """What logits, weights and sums are computed in: at least float32."""
-        return torch.promote_types(self.q.dtype, torch.float32)
 
 
 class Rows:

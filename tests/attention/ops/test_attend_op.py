@@ -58,11 +58,11 @@ def test_gradcheck_of_bias_and_gate():
 def test_operators_keep_their_contract(pattern, gated):
     q, k, v = qkv(dtype=torch.float64)
     life, optional = pattern(70), optional_operands(70) if gated else (None, None, None)
-    operands = (q, k, v, life.birth, life.death, None, *optional)
-    torch.library.opcheck(torch.ops.attention.attend.default, (*operands, 0.3))
-    out, lse = torch.ops.attention.attend(*operands, 0.3)
+    operands = (q, k, v, life.birth, life.death, None, None, *optional)
+    torch.library.opcheck(torch.ops.attention.attend.default, (*operands, 0.3, False))
+    out, lse = torch.ops.attention.attend(*operands, 0.3, False)
     saved = [None if t is None else t.detach() for t in (*operands, out, lse)]
-    torch.library.opcheck(torch.ops.attention.attend_backward.default, (saved[-2], saved[-1], *saved, 0.3))
+    torch.library.opcheck(torch.ops.attention.attend_backward.default, (saved[-2], saved[-1], *saved, 0.3, False))
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -206,7 +206,12 @@ MISTAKES = {
     ),
     "another device": (lambda a: {"v": a["v"].to("meta")}, "v: expected device cpu as q's, got meta"),
     "an unknown implementation": (lambda a: {"implementation": "cuda"}, "implementation: .*'reference'.*'cuda'"),
-    "the kernel to come": (lambda a: {"implementation": "triton"}, "no Triton kernel of attend yet; use None or"),
+    "kernels without a GPU": (lambda a: {"implementation": "triton"}, "implementation: .*CUDA devices, got cpu"),
+    "times that fall": (lambda a: {"time": torch.arange(9).flip(0).int()}, "time: expected ascending"),
+    "a generation per query": (
+        lambda a: {"life": Lifetimes(causal(9).birth, causal(9).death, torch.zeros(8).int())},
+        r"life.generation: .*broadcastable to \(2, 2, 9\)",
+    ),
 }
 
 
