@@ -113,9 +113,7 @@ class SoftmaxAttention(Mixer):
     def forward(self, x: Tensor, ctx: Context | None = None, state: LivingKeys | None = None) -> MixerOutput:
         """y [B, T, d] from x [B, T, d]; see `Mixer.forward`."""
         clock = read_clock(x, ctx, None if state is None else state.stream)
-        # Split before the heads part: the gradients of the three are then joined along contiguous rows.
-        widths = [heads * self.head_dim for heads in (self.heads, self.kv_heads, self.kv_heads)]
-        q, k, v = map(self._heads, self.qkv(x).split(widths, -1))
+        q, k, v = self.project(x)
         if self.config.rotary:
             table = clock.rotary(self.head_dim, self.config.rotary)
             q, k = apply_rotary(q, table), apply_rotary(k, table)
@@ -123,6 +121,13 @@ class SoftmaxAttention(Mixer):
         if state is not None:
             state.advance(clock)
         return MixerOutput(self.output(out.transpose(1, 2).flatten(2)), {})
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q [B, H, T, D] and k, v [B, G, T, D] of x [B, T, d], not rotated."""
+        # Split before the heads part: the gradients of the three are then joined along contiguous rows.
+        widths = [heads * self.head_dim for heads in (self.heads, self.kv_heads, self.kv_heads)]
+        q, k, v = map(self._heads, self.qkv(x).split(widths, -1))
+        return q, k, v
 
     def _heads(self, x: Tensor) -> Tensor:
         """[B, T, heads * D] -> [B, heads, T, D]."""
