@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from attention.cache import LivingKeys
 from attention.mixer import MIXERS, Causality, Context, Cost, Mixer, MixerOutput, register
 from lmtrain.config import ModelConfig
 from lmtrain.model import DecoderLM, pattern_of
@@ -192,6 +193,106 @@ def test_a_position_outside_the_table_is_named() -> None:
     model(some_tokens(1, 10), None, state)
     with pytest.raises(ValueError, match="position 10 lies outside"):
         model(some_tokens(1, 1), None, state)
+
+
+# States that layers share
+
+
+SHARING = {
+    "in": {"kind": "inattention", "heads": 2},
+    "even": {"kind": "inattention", "heads": 4, "kv_heads": 2, "positions": "none"},
+    "own": {"kind": "inattention", "heads": 2, "cache": "keys"},
+    "near": MIXED["near"],
+}
+
+
+def sharing(pattern: str, layers: int) -> DecoderLM:
+    """A model in which mixers of `inattention` may share one tensor of initial states."""
+    return make(mixers=SHARING, pattern=pattern, layers=layers)
+
+
+@pytest.mark.parametrize("chunks", [[1] * 15, [4, 1, 10], [15]])
+@pytest.mark.parametrize(("pattern", "layers"), [("in", 3), ("near in", 4), ("in+even near even", 3)])
+def test_a_shared_state_is_made_grown_and_counted_once(
+    pattern: str, layers: int, chunks: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokens, appended = sharing(pattern, layers), some_tokens(), []
+    extend = LivingKeys.extend
+
+    def watched(self: LivingKeys, k: Tensor, *others: Any) -> Any:
+        appended.append(k.shape)
+        return extend(self, k, *others)
+
+    monkeypatch.setattr(LivingKeys, "extend", watched)
+    state = model.init_state(2)
+    with torch.no_grad():
+        close(torch.cat([model(part, None, state) for part in tokens.split(chunks, 1)], 1), model(tokens))
+    assert [new for _, _, new, width in appended if width == 16] == chunks
+
+    windows = pattern_of(model.config).count(["near"])
+    one_sequence = 15 * 16 * 8 + windows * 3 * 2 * 2 * 8 * 8
+    assert state.bytes == 2 * one_sequence
+    assert model.cost(15).state_bytes == one_sequence
+    doubled = 2 * 15 * (16 + windows * 2 * 2 * 8) * 8
+    assert state.bytes <= state.capacity <= 2 * doubled
+
+
+def test_a_shared_state_is_charged_to_the_first_that_uses_it() -> None:
+    model = sharing("near in+even own in", 4)
+    costs = model.layer_costs(15)
+    assert [{name: cost.state_bytes for name, cost in of_layer.items()} for of_layer in costs] == [
+        {"near": 3 * 2 * 2 * 8 * 8, "ffn": 0},
+        {"in": 15 * 16 * 8, "even": 0, "ffn": 0},
+        {"own": 15 * 2 * 2 * 8 * 8, "ffn": 0},
+        {"in": 0, "ffn": 0},
+    ]
+    alone = [mixer.cost(15).state_bytes for _, mixer in model.layers[1].items()]
+    assert alone == [15 * 16 * 8] * 2
+
+
+def test_a_limit_and_documents_hold_in_a_shared_state() -> None:
+    model, tokens = sharing("in even", 2), some_tokens(2, 90)
+    state = model.init_state(2, limit=7)
+    with torch.no_grad():
+        model(tokens, None, state)
+    assert state.bytes == 2 * 6 * 16 * 8
+
+    positions = torch.stack([torch.arange(90), torch.arange(90) % 40])
+    state = model.init_state(2)
+    with torch.no_grad():
+        fields = zip(tokens.split([70, 1, 19], 1), positions.split([70, 1, 19], 1), strict=True)
+        y = torch.cat([model(part, Context(positions=p), state) for part, p in fields], 1)
+        close(y[:1], model(tokens[:1]))
+        for start, stop in ((0, 40), (40, 80), (80, 90)):
+            close(y[1:, start:stop], model(tokens[1:, start:stop]))
+    assert state.bytes == (90 + 10) * 16 * 8
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_gradient_of_the_initial_states_is_the_sum_over_layers(checkpointing: bool) -> None:
+    """Numerically, and by the embedding: what reaches it through the initial states is not lost."""
+    model, tokens = sharing("in near even", 3), some_tokens(1, 4)
+    model.activation_checkpointing = checkpointing
+    initial = torch.randn(1, 4, 16, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+    def loss(initial: Tensor) -> Tensor:
+        return model.loss(tokens, tokens, Context(initial=initial))[0]
+
+    assert torch.autograd.gradcheck(loss, initial.requires_grad_())
+
+
+def test_activation_checkpointing_keeps_the_gradient_of_the_initial_states() -> None:
+    def gradient(*, checkpointing: bool, detached: bool = False) -> Tensor:
+        model = sharing("in even", 3)
+        model.activation_checkpointing = checkpointing
+        embedded = F.rms_norm(model.embedding(some_tokens()), (16,))
+        ctx = Context(initial=embedded.detach()) if detached else None
+        model.loss(some_tokens(), some_tokens(), ctx)[0].backward()
+        return model.embedding.weight.grad
+
+    plain = gradient(checkpointing=False)
+    assert torch.equal(gradient(checkpointing=True), plain)
+    assert (gradient(checkpointing=False, detached=True) - plain).norm() > 0.01 * plain.norm()
 
 
 # What mixers may add
