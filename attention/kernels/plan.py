@@ -65,7 +65,7 @@ class Plan:
         birth, death = torch.broadcast_tensors(unexpanded(life.birth, num_keys), unexpanded(life.death, num_keys))
         self.kv_heads = kv_heads
         self._made: dict[Any, Any] = {}
-        self.time = unexpanded(time, time.shape[-1])
+        self.time = unexpanded(time, time.shape[-1]).clone()
         if life.generation is not None:
             self.generations = GENERATIONS
             given = unexpanded(life.generation, num_keys).long().clamp(0, GENERATIONS - 1)
@@ -80,7 +80,8 @@ class Plan:
             self.order = order.int()
         else:
             self.order = torch.arange(num_keys, dtype=torch.int32, device=birth.device).expand(birth.shape).contiguous()
-        self.birth, self.death, self._generation = (x.contiguous() for x in (birth, death, generation))
+        # Copies: a plan is remembered for as long as the lifetimes that it is made from live, and must not hold them.
+        self.birth, self.death, self._generation = (x.clone().contiguous() for x in (birth, death, generation))
 
     @cached_property
     def edges(self) -> Tensor:

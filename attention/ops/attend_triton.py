@@ -18,7 +18,7 @@ from attention.kernels import attend as kernels
 from attention.kernels.configs import Config, Kernel, Kind, find_config
 from attention.kernels.plan import Plan
 from attention.lifetimes import Lifetimes
-from attention.ops.attend_operands import Gradients, Operands, empty_heads_last, row_terms
+from attention.ops.attend_operands import Gradients, Operands, empty_heads_last, heads_last, row_terms
 
 WIDEST = 256
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -49,11 +49,11 @@ def attend_forward(x: Operands, life: Lifetimes, time: Tensor | None) -> tuple[T
     out = empty_heads_last(x.q, x.v.shape[-1])
     lse = torch.empty(x.q.shape[:3], dtype=torch.float32, device=x.q.device)
     if lse.numel() == 0 or x.k.shape[2] == 0:
-        return out.zero_(), lse.fill_(-torch.inf)
+        return out.zero_(), heads_last(lse.fill_(-torch.inf))
     call = _Call(x, life, time)
     target = call.writable(out)
     call.over_queries(kernels.attend_forward, "forward", Out=target, Lse=lse, scale2=x.scale * LOG2_E, **_o(target))
-    return _written(out, target), lse
+    return _written(out, target), heads_last(lse)
 
 
 def attend_backward(
