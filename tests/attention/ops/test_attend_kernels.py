@@ -258,10 +258,10 @@ def test_plans_are_made_once_and_die_with_their_lifetimes():
 def test_what_the_kernels_cannot_take_is_said(monkeypatch):
     q, k, v = (t.detach() for t in operands())
     life = Lifetimes(*(t.to(DEVICE) for t in (causal(40).birth, causal(40).death)))
-    with pytest.raises(ValueError, match="implementation: .*float32, bfloat16 or float16, got torch.float64"):
+    with pytest.raises(ValueError, match=r"implementation: .*float32, bfloat16 or float16, got torch\.float64"):
         attend(q.double(), k.double(), v.double(), life, implementation="triton")
-    with pytest.raises(ValueError, match="implementation: .*heads up to 256 wide, got 272"):
+    with pytest.raises(ValueError, match=r"implementation: .*heads up to 256 wide, got 272"):
         attend(q, k, v.repeat(1, 1, 1, 17), life, implementation="triton")
     monkeypatch.setattr(attend_triton, "interpreted", lambda: False)
-    with pytest.raises(ValueError, match="implementation: .*run on CUDA devices, got cpu .*TRITON_INTERPRET=1"):
+    with pytest.raises(ValueError, match=r"implementation: .*run on CUDA devices, got cpu .*TRITON_INTERPRET=1"):
         attend(*(t.cpu() for t in (q, k, v)), causal(40), implementation="triton")
