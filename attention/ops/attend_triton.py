@@ -20,7 +20,8 @@ from attention.kernels.plan import Plan
 from attention.lifetimes import Lifetimes
 from attention.ops.attend_operands import Gradients, Operands, empty_heads_last, heads_last, row_terms
 
-WIDEST = 256
+WIDEST = 256  # head
+FARTHEST = 2**23  # elements from row to row: inside a tile the kernels count in 32 bits
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOG2_E = math.log2(math.e)
 
@@ -103,10 +104,10 @@ class _Call:
         self.tau = None if x.tau is None else x.tau.contiguous()
 
     def readable(self, t: Tensor) -> Tensor:
-        """With dense rows; in the interpreter, whose 16-bit products are wrong for bfloat16, as float32."""
+        """With dense rows; in the interpreter, whose products of bfloat16 are wrong, as float32."""
         if t.dtype == torch.bfloat16 and interpreted():
             t = t.float()
-        return t if t.stride(-1) == 1 else t.contiguous()
+        return t if t.stride(-1) == 1 and t.stride(-2) <= FARTHEST else t.contiguous()
 
     def writable(self, t: Tensor) -> Tensor:
         """`t`, or where the interpreter cannot write its type, a float32 place for it."""
