@@ -17,6 +17,7 @@ from torch import Tensor
 
 from attention.lifetimes import Lifetimes
 from attention.ops.attend import attend
+from attention.ops.attend_plan import FEW_QUERIES
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,11 +45,11 @@ class Permutation:
 class Lanes:
     """The joint order of keys and queries.
 
-    life: of the keys in their new order, in ranks, int32 [B or 1, G or 1, Nk]; time: rank of each query in its new
-    order, int32 [B or 1, G or 1, Nq]; None = 0..Nq-1.
+    keys: None where they stay as they are given; life: of the keys in their new order, in ranks, int32
+    [B or 1, G or 1, Nk]; time: rank of each query in its new order, int32 [B or 1, G or 1, Nq]; None = 0..Nq-1.
     """
 
-    keys: Permutation
+    keys: Permutation | None
     queries: Permutation
     life: Lifetimes
     time: Tensor | None
@@ -77,8 +78,13 @@ def make_lanes(
     life = Lifetimes(birth.to(torch.int32), death.to(torch.int32))
     if queries is None or queries == order.shape[-1]:
         return Lanes(keys, keys, life, None)
-    time, asked = keys.inverse[..., order.shape[-1] - queries :].sort(-1)
-    return Lanes(keys, Permutation.of(asked), life, time.to(torch.int32))
+    place = keys.inverse
+    time, asked = place[..., order.shape[-1] - queries :].sort(-1)
+    mine, time = Permutation.of(asked), time.to(torch.int32)
+    if queries > FEW_QUERIES:
+        return Lanes(keys, mine, life, time)
+    # So few look at all rows anyhow: to move these would take longer.
+    return Lanes(None, mine, Lifetimes((place + strict).to(torch.int32), life.death.gather(-1, place)), time)
 
 
 def attend_lanes(q: Tensor, k: Tensor, v: Tensor, lanes: Lanes) -> tuple[Tensor, Tensor]:
@@ -90,7 +96,9 @@ def attend_lanes(q: Tensor, k: Tensor, v: Tensor, lanes: Lanes) -> tuple[Tensor,
     if time is not None and time.shape[1] > 1:
         time = time.repeat_interleave(q.shape[1] // time.shape[1], 1)
     mine = lanes.queries
-    out, lse = attend(mine.apply(q), lanes.keys.apply(k), lanes.keys.apply(v), lanes.life, time=time)
+    if lanes.keys is not None:
+        k, v = lanes.keys.apply(k), lanes.keys.apply(v)
+    out, lse = attend(mine.apply(q), k, v, lanes.life, time=time)
     return mine.undo(out), mine.undo(lse)
 
 

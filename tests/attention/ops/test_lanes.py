@@ -118,6 +118,7 @@ def test_everyone_meets_the_lane_behind_it(make) -> None:
 
 def test_what_is_alike_is_made_once() -> None:
     lanes = make_lanes(TIME % 9, NONE)
+    assert lanes.keys is not None
     assert lanes.keys.order.shape == lanes.life.death.shape == (1, 1, T)
     assert lanes.time is None
     of_heads = make_lanes(drawn(1, 2, T, below=4), documents(), queries=3)

@@ -17,7 +17,7 @@ def cases() -> dict[str, Case]:
             {"heads": 4, "block": 5, "local_blocks": 1, "stride": 3, "offset": 7, "rotary": 100.0}, dim=16
         ),
         "wide steps and a dense head": Case(
-            {"heads": 4, "kv_heads": 2, "block": 2, "local_blocks": 3, "stride": 5, "dense_heads": 1}, dim=16
+            {"heads": 6, "kv_heads": 3, "block": 2, "local_blocks": 3, "stride": 7, "dense_heads": 1}, dim=12
         ),
         "homogeneous": Case({"heads": 4, "block": 3, "local_blocks": 2, "homogeneous": True}, dim=8),
         "blocks of a token, no rotary": Case(
