@@ -15,10 +15,10 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from report import alternated, publish
-from torch.profiler import ProfilerActivity, profile
 
 from attention.lifetimes import FOREVER, Lifetimes, causal, living_pairs, window
 from attention.ops.attend import attend
+from lmtrain.bench.measure import peak_bytes
 
 HEADS, DIM = 4, 64
 DENSE = "SDPA causal"
@@ -104,27 +104,10 @@ def main() -> None:
                 "forward + backward ms": 1e3 * both_seconds[name],
                 "speed-up": both_seconds[DENSE] / both_seconds[name],
                 "bound": all_pairs / pairs,
-                "peak bytes per token": peak_bytes(both(call), q.device.type) // arguments.length,
+                "peak bytes per token": peak_bytes(both(call), q.device) // arguments.length,
             }
         )
     publish(rows, arguments.json)
-
-
-def peak_bytes(run: Callable[[], None], device: str) -> int:
-    """The most bytes that `run` holds at one time beside what it was given."""
-    if device == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        run()
-    events = seen.profiler.kineto_results.events()  # type: ignore[union-attr]
-    held = peak = 0
-    for _, change in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
-        held += change
-        peak = max(peak, held)
-    return peak
 
 
 def _pairs(life: Lifetimes, length: int) -> int:

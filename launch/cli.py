@@ -101,6 +101,15 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     listing = verb("list", _list, "the mixers and what they cost", "", "--length 65536 --json")
     listing.add_argument("--length", type=_positive, default=8192, help="tokens at which costs are stated (8192)")
     listing.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    _add_bench(
+        verb(
+            "bench",
+            _bench,
+            "time and memory of mixers against length, beside dense attention",
+            "",
+            "demo model.mixers.near.window=64 --lengths 2048,8192,32768",
+        )
+    )
     check = verb(
         "checkpoint",
         _checkpoint,
@@ -162,6 +171,28 @@ def _add_audit(sub: argparse.ArgumentParser) -> None:
     _add_config(sub, "a YAML file or shipped configuration (fresh weights), or a run's folder (its weights)")
     sub.add_argument("--length", type=_positive, help="tokens of the test sequences")
     sub.add_argument("--json", action="store_true", help="one JSON object on stdout")
+
+
+def _add_bench(sub: argparse.ArgumentParser) -> None:
+    what = "whose mixers to measure: a YAML file, a shipped configuration, or a run's folder (every registered mixer)"
+    sub.add_argument("config", nargs="?", help=what)
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="settings that go before those of the file")
+    sub.add_argument("--mixers", type=_words, default=[], metavar="NAME,NAME", help="only these")
+    sub.add_argument("--lengths", type=_lengths, default=[], metavar="N,N", help="in tokens (1024 to 8192 on a CPU)")
+    sub.add_argument("--repeats", type=_positive, help="of each timing (5 on a CPU, 20 on a GPU)")
+    limit = "lengths that do not fit into this time are skipped (120; no limit with --lengths)"
+    sub.add_argument("--seconds", type=_positive, help=limit)
+    sub.add_argument("--device", choices=["cpu", "cuda"], help="where (the GPU, if there is one)")
+    sub.add_argument("--out", metavar="FOLDER", help="for bench.json, bench.csv and bench.svg (a new one in bench/)")
+    sub.add_argument("--json", action="store_true", help="one JSON object on stdout")
+
+
+def _words(text: str) -> list[str]:
+    return text.split(",")
+
+
+def _lengths(text: str) -> list[int]:
+    return [_positive(word) for word in text.split(",")]
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -244,6 +275,20 @@ def _list(arguments: argparse.Namespace) -> int:
 
     listing = list_mixers(arguments.length)
     _show(arguments, listing.to_json, listing.format)
+    return 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from lmtrain.bench.order import read_order
+    from lmtrain.bench.run import bench
+
+    config, overrides = arguments.config, arguments.overrides
+    if config is not None and "=" in config and not Path(config).exists():  # no configuration, but a setting
+        config, overrides = None, [config, *overrides]
+    names = ("mixers", "lengths", "repeats", "seconds", "device", "out")
+    order = read_order(config, overrides, **{name: getattr(arguments, name) for name in names})
+    report = bench(order, lambda line: print(line, file=sys.stderr))
+    _show(arguments, report.to_json, report.format)
     return 0
 
 
