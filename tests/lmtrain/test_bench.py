@@ -10,18 +10,19 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from attention.lifetimes import Lifetimes
-from attention.mixer import MIXERS, build
+from attention.lifetimes import Lifetimes, causal
+from attention.mixer import MIXERS, Mixer, MixerOutput, build
 from attention.ops.attend import attend
 from lmtrain.bench import run as running
 from lmtrain.bench.flex import flex_call
-from lmtrain.bench.measure import Timing
+from lmtrain.bench.measure import Timing, peak_bytes
 from lmtrain.bench.order import FILES, Order, read_order
 from lmtrain.bench.report import Report
 from lmtrain.bench.results import Results, Row, Skip
 from lmtrain.bench.run import bench
-from lmtrain.bench.subjects import Attend, Bed, Heads, Subject, WholeMixer, make_subjects, pattern_of
+from lmtrain.bench.subjects import Attend, Bed, Flex, Heads, Subject, WholeMixer, make_subjects, pattern_of
 from lmtrain.bench.tiles import Waste, format_waste, tile_waste
 from lmtrain.bench.verdict import verdicts
 from lmtrain.config import ConfigError
@@ -107,6 +108,36 @@ def test_both_is_forward_and_backward_of_everything(monkeypatch: pytest.MonkeyPa
     assert all(parameter.grad is not None for parameter in dense.mixer.parameters())
 
 
+class TwoWeights(Mixer):
+    """One weight is in y, the other in an auxiliary loss alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_y, self.in_loss = nn.Parameter(torch.ones(())), nn.Parameter(torch.ones(()))
+        self.dropped: list[bool] = []
+
+    def forward(self, x: torch.Tensor, ctx: Any = None, state: Any = None) -> MixerOutput:
+        return MixerOutput(x * self.in_y, {"balance": self.in_loss**2})
+
+    def after_step(self, skipped: bool = False) -> None:
+        self.dropped.append(skipped)
+        self.seen = [parameter.grad is not None for parameter in self.parameters()]
+
+
+def test_auxiliary_losses_are_part_of_backward_and_sums_of_online_learning_are_dropped() -> None:
+    mixer = TwoWeights()
+    passes = WholeMixer("two", None, mixer, 8, BED).passes(4)
+    passes.both()
+    assert mixer.seen == [True, True]
+    assert mixer.dropped == [True]
+
+
+def test_memory_is_that_of_forward_and_backward() -> None:
+    subject = make_subjects({"far": MIXED["far"]}, 16, BED)[0]
+    passes, peak = running._warm(subject, 512, CPU)
+    assert peak == peak_bytes(passes.both) > 1.5 * peak_bytes(passes.forward)
+
+
 def test_attention_runs_in_the_type_that_was_asked_for() -> None:
     (subject,) = (
         s
@@ -135,13 +166,15 @@ def test_flex_attention_has_the_predicate_of_the_lifetimes(kv_heads: int) -> Non
 
 
 def test_tiles_are_counted() -> None:
-    """Dense causal: (n + 1) / 2 of n tiles per row; a window of 128 on two diagonals of tiles."""
-    mixers = {"far": {"kind": "dense", "heads": 4}, "near": {"kind": "local", "heads": 4, "window": 128}}
+    """Dense causal: (n + 1) / 2 of n tiles per row; a window of 40 on two diagonals of tiles."""
+    mixers = {"far": {"kind": "dense", "heads": 4}, "near": {"kind": "local", "heads": 4, "window": 40}}
     found = {waste.name: waste for waste in tile_waste(make_subjects(mixers, 16, BED), [1024])}
     tile = 128 * 128
     assert found["far"] == Waste("far", 1024, 4 * 1024 * 1025 // 2, 4 * 36 * tile, 4 * 36 * tile)
-    assert found["near"] == Waste("near", 1024, 4 * (1024 * 128 - 127 * 64), 4 * 15 * tile, 4 * 15 * tile)
-    assert "1.12 / 1.12" in format_waste(list(found.values()))
+    assert found["near"] == Waste("near", 1024, 4 * (1024 * 40 - 39 * 20), 4 * 15 * tile, 4 * 15 * tile)
+    assert "6.12 / 6.12" in format_waste(list(found.values()))
+    peer = Flex("far (flex)", "SDPA 4x4", Heads(4, 4, 4), BED, causal)
+    assert list(tile_waste([peer], [1024])) == []
     assert format_waste([]) == ""
 
 
