@@ -22,27 +22,35 @@ def draw(results: Results, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     parts = [part for part in PARTS if results.names(part)]
+    names = list(dict.fromkeys(name for part in parts for name in results.names(part)))
+    colours = {name: matplotlib.colormaps["tab20"](index % 20) for index, name in enumerate(names)}
     with plt.rc_context({"svg.hashsalt": "lmtrain", "svg.fonttype": "none"}):
         figure, all_axes = plt.subplots(
             1, max(1, len(parts)), figsize=(6 * max(1, len(parts)), 4.2), layout="constrained", squeeze=False
         )
         for axes, part in zip(all_axes[0], parts, strict=False):
-            _draw_part(axes, results, part)
+            _draw_part(axes, results, part, colours)
         figure.savefig(path, format="svg", metadata={"Date": None})
         plt.close(figure)
 
 
-def _draw_part(axes: Any, results: Results, part: Part) -> None:
+def _draw_part(axes: Any, results: Results, part: Part, colours: dict[str, Any]) -> None:
+    from matplotlib.ticker import LogFormatter
+
     for name in results.names(part):
         rows = results.of(name, part)
         lengths = sorted(rows)
         timings = [rows[length].both for length in lengths]
         style = "--" if rows[lengths[0]].baseline is None else "-"
-        (line,) = axes.plot(lengths, [1e3 * t.median for t in timings], style, marker="o", markersize=3, label=name)
+        colour = colours[name]
+        medians = [1e3 * t.median for t in timings]
+        axes.plot(lengths, medians, style, marker="o", markersize=3, color=colour, label=name)
         bands = ([1e3 * t.least for t in timings], [1e3 * t.most for t in timings])
-        axes.fill_between(lengths, *bands, color=line.get_color(), alpha=0.15, linewidth=0)
+        axes.fill_between(lengths, *bands, color=colour, alpha=0.15, linewidth=0)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(results.lengths, [f"{length:,}" for length in results.lengths])
+    for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        set_formatter(LogFormatter(minor_thresholds=(2, 0.5)))  # plain numbers, and not too many of them
     axes.set(title=TITLES[part], xlabel="sequence length, tokens", ylabel="forward + backward, ms")
     axes.legend(frameon=False, fontsize="small")

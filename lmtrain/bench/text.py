@@ -10,7 +10,7 @@ from lmtrain.bench.order import Order
 from lmtrain.bench.results import Pass, Results, Row, seconds
 from lmtrain.bench.subjects import PARTS, Part
 from lmtrain.bench.tiles import Waste, format_waste
-from lmtrain.bench.verdict import LEGEND, speed_up, verdicts
+from lmtrain.bench.verdict import LEGEND, faster_from, speed_up, verdicts
 from lmtrain.table import table
 
 TITLES: dict[Part, str] = {"mixer": "Whole mixers", "attention": "Attention alone"}
@@ -51,8 +51,7 @@ def _times(results: Results, part: Part, which: Pass) -> str:
     def last(name: str) -> list[str]:
         power = growth(seconds(results.of(name, part), which))
         c = results.comparison(name, part)
-        found = c.crossover(which) if c else None
-        return ["" if power is None else f"T^{power:.2f}", str(found or "")]
+        return ["" if power is None else f"T^{power:.2f}", faster_from(c, which) if c else ""]
 
     return _matrix(results, f"{TITLES[part]}, {PASSES[which]}: ms", part, cell, ["growth", "faster from"], last)
 

@@ -24,6 +24,12 @@ def speed_up(c: Comparison, length: int, which: Pass) -> str:
     return f"{c.speed_up(length, which):.2f}x" + ("?" if c.close(length, which) else "")
 
 
+def faster_from(c: Comparison, which: Pass) -> str:
+    """`2,048 (~1,340)`: the least measured length, and where the curves cross; `?` if at the longest none is ahead."""
+    found = c.crossover(which)
+    return "" if found is None else f"{found}{'?' if c.close(c.lengths[-1], which) else ''}"
+
+
 def _verdict(c: Comparison) -> str:
     if not c.lengths:
         return "never measured at one length"
@@ -43,6 +49,8 @@ _WAYS: tuple[tuple[str, Pass], ...] = (("forward + backward", "both"), ("forward
 
 
 def _from_where(c: Comparison) -> str:
+    if c.close(c.lengths[-1], "both"):
+        return f"level with it at {c.lengths[-1]:,}, the longest"
     found = c.crossover("both")
     assert found is not None
     if found.first is None:

@@ -24,7 +24,7 @@ from lmtrain.bench.results import Results, Row, Skip
 from lmtrain.bench.run import bench
 from lmtrain.bench.subjects import Attend, Bed, Flex, Heads, Subject, WholeMixer, make_subjects, pattern_of
 from lmtrain.bench.tiles import Waste, format_waste, tile_waste
-from lmtrain.bench.verdict import verdicts
+from lmtrain.bench.verdict import faster_from, verdicts
 from lmtrain.config import ConfigError
 from tests.lmtrain import tiny
 
@@ -239,6 +239,16 @@ def test_the_verdict_of_a_loser_and_of_a_winner() -> None:
     results.rows = [r for r in results.rows if r.name == "new"]
     (sentence,) = verdicts(results.comparisons())["new"]
     assert sentence == "whole mixer beside dense: never measured at one length."
+
+
+def test_a_lead_within_the_spread_is_none() -> None:
+    results = invented()
+    results.rows = [dataclasses.replace(r, both=timing(r.both.median, 1.0)) for r in results.rows]
+    (sentence,) = verdicts(results.comparisons())["new"]
+    assert sentence.startswith("whole mixer beside dense: level with it at 8,192, the longest; 2.05x? at 8,192")
+    (comparison,) = results.comparisons()
+    assert faster_from(comparison, "both") == "4,096 (~3,994)?"
+    assert faster_from(comparison, "forward") == "everywhere"
 
 
 def test_what_overlaps_is_marked(tmp_path: Path) -> None:
