@@ -184,6 +184,7 @@ def _add_bench(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--seconds", type=_positive, help=limit)
     sub.add_argument("--device", choices=["cpu", "cuda"], help="where (the GPU, if there is one)")
     sub.add_argument("--out", metavar="FOLDER", help="for bench.json, bench.csv and bench.svg (a new one in bench/)")
+    sub.add_argument("--tune", action="store_true", help="instead, find the fastest kernel settings for these heads")
     sub.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
 
@@ -281,13 +282,14 @@ def _list(arguments: argparse.Namespace) -> int:
 def _bench(arguments: argparse.Namespace) -> int:
     from lmtrain.bench.order import read_order
     from lmtrain.bench.run import bench
+    from lmtrain.bench.tune import tune
 
     config, overrides = arguments.config, arguments.overrides
     if config is not None and "=" in config and not Path(config).exists():  # no configuration, but a setting
         config, overrides = None, [config, *overrides]
-    names = ("mixers", "lengths", "repeats", "seconds", "device", "out")
+    names = ("mixers", "lengths", "repeats", "seconds", "device", "out", "tune")
     order = read_order(config, overrides, **{name: getattr(arguments, name) for name in names})
-    report = bench(order, lambda line: print(line, file=sys.stderr))
+    report = (tune if arguments.tune else bench)(order, lambda line: print(line, file=sys.stderr))
     _show(arguments, report.to_json, report.format)
     return 0
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import functools
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -68,6 +70,17 @@ def find_config(kernel: Kernel, kind: Kind, width: int) -> Config:
 def _table() -> dict[tuple[Kernel, Kind, int], Config]:
     path = os.environ.get(ENVIRONMENT)
     return {**TABLE, **(read_table(Path(path)) if path else {})}
+
+
+@contextmanager
+def trying(kernel: Kernel, kind: Kind, width: int, config: Config) -> Iterator[None]:
+    """Meanwhile the kernel runs with this configuration: for the tuner."""
+    table, place = _table(), (kernel, kind, width)
+    before, table[place] = table[place], config
+    try:
+        yield
+    finally:
+        table[place] = before
 
 
 def write_table(table: dict[tuple[Kernel, Kind, int], Config], path: Path) -> None:

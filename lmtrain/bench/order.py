@@ -19,6 +19,7 @@ from lmtrain.setup import pick_device
 
 DEFAULT = Path(__file__).with_name("default.yaml")
 FILES = JSON, CSV, PLOT = "bench.json", "bench.csv", "bench.svg"
+TABLE = "kernels.json"
 LENGTHS = {"cpu": (1024, 2048, 4096, 8192), "cuda": (2048, 4096, 8192, 16384, 32768, 65536)}
 REPEATS = {"cpu": 5, "cuda": 20}
 DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
@@ -62,10 +63,12 @@ def read_order(
     seconds: float | None = None,
     device: str | None = None,
     out: str | None = None,
+    tune: bool = False,
 ) -> Order:
     """The order for the mixers of a configuration (file, shipped name, or a run's folder); None: all registered ones.
 
-    mixers: only these; device: `cpu` or `cuda`; out: a folder without results, by default a new one in `bench/`.
+    mixers: only these; device: `cpu` or `cuda`; out: a folder without results, by default a new one in `bench/`;
+    tune: the order is for the tuner of the kernels, which has no lengths and no limit of time.
     What is left out follows the device. Without `lengths` and `seconds` all takes about two minutes; lengths that
     were asked for are measured, however long it takes. Raises ConfigError with every problem.
     """
@@ -75,7 +78,9 @@ def read_order(
     def check(found: Config) -> Iterator[Problem]:
         yield from _mixer_problems(found, mixers)
         yield from _device_problems(where, found.train.dtype)
-        yield from _folder_problems(folder)
+        yield from _folder_problems(folder, [TABLE] if tune else FILES)
+        if tune:
+            yield from _tuning_problems(where, {"--lengths": lengths, "--seconds": seconds})
 
     if config is None:
         found = load(DEFAULT, [*_registered(mixers, where), *overrides], checks=[check])
@@ -125,9 +130,17 @@ def _device_problems(device: str, dtype: str) -> Iterator[Problem]:
         yield Problem("", "train.dtype", message)
 
 
-def _folder_problems(folder: Path) -> Iterator[Problem]:
+def _tuning_problems(device: str, idle: dict[str, object]) -> Iterator[Problem]:
+    if device != "cuda":
+        yield Problem(COMMAND_LINE, "--tune", "needs a CUDA device: the table is of its kernels")
+    for option, value in idle.items():
+        if value:
+            yield Problem(COMMAND_LINE, option, "has no effect with --tune, which has its own lengths")
+
+
+def _folder_problems(folder: Path, files: Sequence[str]) -> Iterator[Problem]:
     """Results are never overwritten."""
-    if there := [name for name in FILES if (folder / name).exists()]:
+    if there := [name for name in files if (folder / name).exists()]:
         yield Problem(COMMAND_LINE, "--out", f"holds {' and '.join(there)} already; choose another folder", str(folder))
     parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not parent.is_dir():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +15,20 @@ TITLES: dict[Part, str] = {"mixer": "Whole mixers", "attention": "Attention alon
 def draw(results: Results, path: Path) -> None:
     """Write the figure as SVG: medians as lines, least to greatest as bands, baselines dashed.
 
-    Raises ImportError without matplotlib.
+    `results` has rows. Raises ImportError without matplotlib.
     """
     import matplotlib
-
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     parts = [part for part in PARTS if results.names(part)]
-    names = list(dict.fromkeys(name for part in parts for name in results.names(part)))
-    colours = {name: matplotlib.colormaps["tab20"](index % 20) for index, name in enumerate(names)}
-    with plt.rc_context({"svg.hashsalt": "lmtrain", "svg.fonttype": "none"}):
-        figure, all_axes = plt.subplots(
-            1, max(1, len(parts)), figsize=(6 * max(1, len(parts)), 4.2), layout="constrained", squeeze=False
-        )
-        for axes, part in zip(all_axes[0], parts, strict=False):
+    names = dict.fromkeys(name for part in parts for name in results.names(part))
+    twenty = [matplotlib.colormaps["tab20"](index) for index in (*range(0, 20, 2), *range(1, 20, 2))]
+    colours = dict(zip(names, itertools.cycle(twenty)))
+    with matplotlib.rc_context({"svg.hashsalt": "lmtrain", "svg.fonttype": "none"}):
+        figure = Figure(figsize=(6 * len(parts), 4.2), layout="constrained")
+        for axes, part in zip(figure.subplots(1, len(parts), squeeze=False)[0], parts, strict=True):
             _draw_part(axes, results, part, colours)
         figure.savefig(path, format="svg", metadata={"Date": None})
-        plt.close(figure)
 
 
 def _draw_part(axes: Any, results: Results, part: Part, colours: dict[str, Any]) -> None:

@@ -37,7 +37,8 @@ def bench(order: Order, say: Callable[[str], None]) -> Report:
         bed.clear()
         report.write()
     try:
-        draw(report.results, order.out / PLOT)
+        if report.results.rows:
+            draw(report.results, order.out / PLOT)
     except ImportError:
         say(f"no {PLOT}: matplotlib is not installed")
     say(f"kept in {order.out}: {', '.join(name for name in FILES if (order.out / name).exists())}")

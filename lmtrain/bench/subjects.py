@@ -243,15 +243,14 @@ def make_subjects(mixers: dict[str, dict[str, Any]], dim: int, on: Bed) -> list[
 
     Baselines come first. A `dense` among the mixers is the baseline of those with as many heads as it has.
     """
-    settings = {name: {key: value for key, value in given.items() if key != "kind"} for name, given in mixers.items()}
-    kinds = {name: given["kind"] for name, given in mixers.items()}
-    heads = {name: _heads(MIXERS[kinds[name]].Config(**settings[name]), dim) for name in mixers}
-    dense = {heads[name]: name for name in reversed(mixers) if kinds[name] == "dense"}
+    heads = {name: heads_of(settings, dim) for name, settings in mixers.items()}
+    dense = {heads[name]: name for name in reversed(mixers) if mixers[name]["kind"] == "dense"}
     baselines: dict[str, Subject] = {}
     subjects: list[Subject] = []
     for name, shape in heads.items():
-        mixer = build(kinds[name], dim, **settings[name])
-        if kinds[name] == "dense" and dense[shape] == name:
+        kind, settings = _split(mixers[name])
+        mixer = build(kind, dim, **settings)
+        if dense.get(shape) == name:
             baselines[name] = WholeMixer(name, None, mixer, dim, on)
         else:
             if shape not in dense:
@@ -267,6 +266,21 @@ def make_subjects(mixers: dict[str, dict[str, Any]], dim: int, on: Bed) -> list[
     return [*baselines.values(), *subjects]
 
 
+def heads_of(mixer: dict[str, Any], dim: int) -> Heads:
+    """The heads of a mixer, from its kind and settings; for one without, as many of the usual width as fit."""
+    kind, settings = _split(mixer)
+    config = MIXERS[kind].Config(**settings)
+    heads = getattr(config, "heads", None)
+    if heads is None:
+        return Heads(max(1, dim // HEAD_DIM), max(1, dim // HEAD_DIM), HEAD_DIM)
+    return Heads(heads, getattr(config, "kv_heads", None) or heads, config.head_dim or dim // heads)
+
+
+def _split(mixer: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Kind and settings."""
+    return mixer["kind"], {key: value for key, value in mixer.items() if key != "kind"}
+
+
 def pattern_of(mixer: Mixer) -> Pattern | None:
     """The mixer's lifetimes by length, if its attention is one call of `attend` over keys that do not depend on x."""
     pattern: Pattern | None = getattr(mixer, "pattern", None)
@@ -277,14 +291,6 @@ def pattern_of(mixer: Mixer) -> Pattern | None:
     except ValueError:  # these settings have none
         return None
     return pattern
-
-
-def _heads(config: Any, dim: int) -> Heads:
-    """Of a mixer's settings; for one without heads, as many of the usual width as fit."""
-    heads = getattr(config, "heads", None)
-    if heads is None:
-        return Heads(max(1, dim // HEAD_DIM), max(1, dim // HEAD_DIM), HEAD_DIM)
-    return Heads(heads, getattr(config, "kv_heads", None) or heads, config.head_dim or dim // heads)
 
 
 def _dense(shape: Heads, dim: int) -> Mixer:

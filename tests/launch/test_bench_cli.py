@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from launch.cli import main
 from tests.lmtrain import tiny
@@ -61,3 +62,11 @@ def test_options_that_make_no_sense(option: str, capsys: pytest.CaptureFixture[s
         main(["bench", option])
     assert stopped.value.code == 2
     assert "usage:" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
+def test_tuning_needs_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--tune", "--out", str(tmp_path), "--lengths", "64"]) == 2
+    said = capsys.readouterr().err
+    assert "needs a CUDA device" in said
+    assert "2 problems; nothing was started." in said
