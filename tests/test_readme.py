@@ -43,6 +43,8 @@ def test_every_command_of_the_page(folder: Path, command: str) -> None:
     words = shlex.split(command)
     if words[1] == "train":
         words += SHORT
+    if words[1] == "bench":
+        words += ["--lengths", "128,256", "--repeats", "1"]
     if words[1] == "generate":
         words += ["--length", "20"]
     assert run(folder, words)
