@@ -22,7 +22,18 @@ from lmtrain.bench.order import FILES, Order, read_order
 from lmtrain.bench.report import Report
 from lmtrain.bench.results import Results, Row, Skip
 from lmtrain.bench.run import bench
-from lmtrain.bench.subjects import Attend, Bed, Flex, Heads, Subject, WholeMixer, make_subjects, pattern_of
+from lmtrain.bench.subjects import (
+    Attend,
+    Bed,
+    Flex,
+    Heads,
+    Sdpa,
+    Subject,
+    WholeMixer,
+    heads_of,
+    make_subjects,
+    pattern_of,
+)
 from lmtrain.bench.tiles import Waste, format_waste, tile_waste
 from lmtrain.bench.verdict import faster_from, verdicts
 from lmtrain.config import ConfigError
@@ -138,15 +149,36 @@ def test_memory_is_that_of_forward_and_backward() -> None:
     assert peak == peak_bytes(passes.both) > 1.5 * peak_bytes(passes.forward)
 
 
+class Watched(Sdpa):
+    """Remembers the types of its operands."""
+
+    def prepare(self, length: int) -> Any:
+        call, num_keys, _ = super().prepare(length)
+        self.types: list[torch.dtype] = []
+
+        def watched(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            self.types += [q.dtype, k.dtype, v.dtype]
+            return call(q, k, v)
+
+        return watched, num_keys, None
+
+
 def test_attention_runs_in_the_type_that_was_asked_for() -> None:
-    (subject,) = (
-        s
-        for s in make_subjects({"near": MIXED["near"]}, 16, Bed(CPU, torch.bfloat16))
-        if s.name == "near" and isinstance(s, Attend)
-    )
-    call, num_keys, _ = subject.prepare(20)
-    q = torch.randn(1, 4, 20, 4, dtype=torch.bfloat16)
-    assert (call(q, q, q).dtype, num_keys) == (torch.bfloat16, 20)
+    subject = Watched("SDPA", None, Heads(4, 2, 8), Bed(CPU, torch.bfloat16))
+    subject.passes(20).both()
+    assert subject.types == [torch.bfloat16] * 3
+
+
+def test_mixers_run_under_autocast() -> None:
+    (dense, *_) = make_subjects({"far": MIXED["far"]}, 16, Bed(CPU, torch.bfloat16))
+    assert isinstance(dense, WholeMixer)
+    types: list[torch.dtype] = []
+    dense.mixer.register_forward_hook(lambda mixer, _, out: types.append(out.y.dtype))
+    passes = dense.passes(12)
+    passes.forward()
+    passes.both()
+    assert types == [torch.bfloat16] * 2
+    assert dense.mixer.qkv.weight.dtype == torch.float32
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -409,5 +441,7 @@ def test_no_device(tmp_path: Path) -> None:
         order(tmp_path, device="cuda")
 
 
-def test_heads_in_words() -> None:
+def test_heads_of_settings() -> None:
+    assert heads_of({"kind": "dense", "heads": 4, "kv_heads": 2, "head_dim": 24}, 64) == Heads(4, 2, 24)
+    assert heads_of({"kind": "local", "heads": 4}, 64) == Heads(4, 4, 16)
     assert (str(Heads(8, 8, 64)), str(Heads(8, 2, 64))) == ("8x64", "8/2x64")

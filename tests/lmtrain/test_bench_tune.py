@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from attention.kernels.configs import ENVIRONMENT, Config, find_config, read_table, trying
+from attention.kernels.configs import ENVIRONMENT, Config, Kernel, find_config, read_table, trying
 from lmtrain.bench import tune as tuning
 from lmtrain.bench.order import TABLE, Order, read_order
 from lmtrain.bench.tune import Calls, descend, neighbours, race_of, tune
@@ -73,6 +73,18 @@ def test_wrong_numbers_and_failures_do_not_race() -> None:
         "  64 x 64, 4 warps, 3 stages, one loop: wrong by 0.1",
         "  128 x 32, 8 warps, 3 stages, two loops: out of registers",
     ]
+
+
+@pytest.mark.parametrize("kernel", ["query_gradient", "key_gradient"])
+def test_gradients_are_judged_by_the_backward_pass(kernel: Kernel) -> None:
+    seen: list[Config] = []
+
+    def backward() -> list[torch.Tensor]:
+        seen.append(find_config(kernel, "single", 16))
+        return [torch.ones(1)]
+
+    race_of(kernel, "single", 16, Calls([], [backward]), 2, CPU, print)([BEST])
+    assert seen[1:] == [BEST] * 3
 
 
 def test_a_configuration_is_tried_and_taken_back() -> None:
