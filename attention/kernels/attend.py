@@ -147,12 +147,10 @@ def attend_forward(
                 q, acc, top, total, K, V, Birth, Death, Bias, U, time, tau, begin, last, stride_kn, stride_vn,
                 scale2, KEYS, DIM, D, VDIM, DV, True, HAS_BIAS, HAS_GATE, IEEE,
             )  # fmt: skip
-    nobody = total == 0.0
-    some = tl.where(nobody, 1.0, total)
-    lse = tl.where(nobody, float("-inf"), (top + tl.log2(some)) * LN2)
-    _write_rows(
-        Out + b * stride_ob + h * stride_oh + here * stride_on, query, stride_on, acc / some[:, None], ok, VDIM, DV
-    )
+    some = tl.where(total == 0.0, 1.0, total)  # who met nobody: top is -inf, and so is lse
+    lse = (top + tl.log2(some)) * LN2
+    value = acc / some[:, None]
+    _write_rows(Out + b * stride_ob + h * stride_oh + here * stride_on, query, stride_on, value, ok, VDIM, DV)
     tl.store(Lse + at + query, lse, mask=ok)
 
 
