@@ -60,7 +60,7 @@ class AxialCombiner(Combiner, pattern="axial"):
             parts.append(self.above(q, rows, clock, recent, state))
         if state is not None:
             state.keep(new, (clock.position[:, -1] + 1) % self.config.span, clock)
-        return merge(parts)[0]
+        return parts[0][0] if len(parts) == 1 else merge(parts)[0]
 
     def above(
         self, q: Tensor, rows: dict[str, Tensor], clock: Clock, recent: Clock, state: SpanState | None
@@ -74,7 +74,7 @@ class AxialCombiner(Combiner, pattern="axial"):
         birth, start = own.time, own.starts
         keys = values = torch.zeros_like(q)
         if complete:
-            life, start = clock.once((self.alike, "rows"), lambda: self.rows(recent))
+            life, start = clock.once((self.alike, "rows"), lambda: self.whole_rows(recent))
             keys, values = self.row_keys(rows, life, recent)
         if state is None:
             lanes = clock.once((self.alike, "lanes"), lambda: self.lanes(birth, start))
@@ -100,7 +100,7 @@ class AxialCombiner(Combiner, pattern="axial"):
         lane = (birth - start) % span
         return make_lanes(lane[:, None], start[:, None], queries=queries, window=window, strict=True)
 
-    def rows(self, clock: Clock) -> tuple[Lifetimes, Tensor]:
+    def whole_rows(self, clock: Clock) -> tuple[Lifetimes, Tensor]:
         """Every token lives through its whole row, int32 [B or 1, 1, R], or never where the row is not complete; and
         when its document began, int64 [B or 1, R]: of a row that began before these tokens, each is one of its own."""
         span, behind = self.config.span, clock.now + clock.time.shape[1]

@@ -46,7 +46,7 @@ class Blocks:
         end = torch.full_like(position, FOREVER) if clock.end is None else clock.end[:, anchor]
         first = anchor - position % length
         born = clock.now + first + length
-        whole = (position >= 0) & (first >= 0) & (first + length <= count) & (born <= end)
+        whole = (position >= 0) & (first + length <= count) & (born <= end)
         last = position + (first + length - 1 - anchor)
         one_document = clock.position is clock.time  # from its beginning: the blocks lie side by side
         return Blocks(length, None if one_document else first, whole, last, born, end)

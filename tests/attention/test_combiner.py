@@ -12,6 +12,7 @@ from attention.clock import read_clock
 from attention.combiner import Combiner, SpanCombiner
 from attention.lifetimes import FOREVER
 from attention.mixer import Context, Mixer, build, read_settings
+from tests.conformance.oracle import load
 from tests.conformance.sequences import Packing, Tokens, largest_difference
 
 PATTERNS: dict[str, dict[str, Any]] = {
@@ -237,6 +238,37 @@ def test_it_does_not_matter_how_tokens_come(settings: dict[str, Any], limit: int
             start += chunk
         outputs.append(torch.cat(parts, 1))
     assert all(largest_difference(other, outputs[0]) < 1e-12 for other in outputs[1:])
+
+
+@pytest.mark.parametrize("limit", [1, 3, 4, 9, 20])
+@of_each_pattern
+@torch.no_grad()
+def test_what_lives_under_a_limit(settings: dict[str, Any], limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens and abstractions, `limit` steps from their birth on; dyadic spans of the largest power of two within it.
+
+    The axial abstraction in column c of a row counts from its token, and was made by the end of its row.
+    """
+    oracle, all_spans, all_direct = load("combiner"), load("combiner").spans, load("combiner").direct
+
+    def spans(config: Any, i: int) -> list[list[int]]:
+        found = all_spans(config, i)
+        if config.pattern == "axial":
+            return [span for span in found if i - span[i % config.span] < limit]
+        longest = max(n for n in (1, 2, 4, 8, 16) if n <= limit) if config.pattern == "logsparse" else config.span
+        return [span[-longest:] for span in found if i < span[-1] + 1 + limit]
+
+    def direct(config: Any, i: int) -> list[int]:
+        return [j for j in all_direct(config, i) if i < j + limit]
+
+    monkeypatch.setattr(oracle, "spans", spans)
+    monkeypatch.setattr(oracle, "direct", direct)
+    mixer = ready(heads=2, **settings)
+    x = normal(2, 45, DIM)
+    expected = oracle.definition(mixer, x, Context())
+    for chunks in ([45], [1] * 45):
+        state = mixer.init_state(2, limit)
+        y = torch.cat([mixer(part, None, state).y for part in x.split(chunks, 1)], 1)
+        assert largest_difference(y, expected) < 1e-12
 
 
 @pytest.mark.parametrize("limit", [1, 4, 9])

@@ -56,6 +56,13 @@ def test_every_whole_block_has_one_slot(length: int) -> None:
                 assert int(blocks.end[row, slot]) == end or end == T
 
 
+def test_documents_that_are_over_have_no_block() -> None:
+    clock = with_earlier(Clock(9, torch.arange(9, 15)[None], torch.arange(6)[None], None), 8)
+    assert clock.position.tolist() == [list(range(-8, 6))]
+    for length, blocks in ((1, 6), (2, 3), (4, 1), (3, 2)):
+        assert Blocks.of(clock, length).whole.sum() == blocks
+
+
 def test_one_document_needs_no_copy() -> None:
     x = torch.randn(2, 3, T, 5)
     blocks = Blocks.of(read_clock(torch.zeros(2, T, 1), None, None), 7)
