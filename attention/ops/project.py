@@ -127,8 +127,8 @@ def _with_nobody(x: Tensor) -> Tensor:
 def _places(index: Tensor, length: int) -> Tensor:
     """[B, H, n] -> [H, B n], numbers of rows of all sequences laid end to end; behind the last one stands nobody."""
     batch = index.shape[0]
-    row = torch.arange(0, batch * length, length, device=index.device)[:, None, None] if length else index.new_zeros(1)
-    return torch.where(index < 0, batch * length, index + row).transpose(0, 1).flatten(1)
+    begin = length * torch.arange(batch, device=index.device)[:, None, None]
+    return torch.where(index < 0, batch * length, index + begin).transpose(0, 1).flatten(1)
 
 
 def _gather(rows: Tensor, place: Tensor) -> Tensor:
