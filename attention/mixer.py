@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 Causality = Literal["strict", "selects_ahead"]
@@ -117,6 +118,10 @@ class Mixer(nn.Module):
     @abstractmethod
     def cost(self, length: int) -> Cost:
         """The cost of one sequence of `length` tokens, from the definition of the mixer alone."""
+
+    def in_training(self, ctx: Context | None) -> bool:
+        """Whether a forward pass trains: what the context says, else the module's own flag."""
+        return self.training if ctx is None or ctx.training is None else ctx.training
 
     def after_step(self, skipped: bool = False) -> None:
         """Move what is learnt online (centroids, codebooks), once per optimizer step; `skipped`: drop it."""
@@ -237,3 +242,10 @@ def parameter_count(module: nn.Module) -> int:
 def floating(x: Tensor) -> torch.dtype:
     """At least float32: the dtype of islands that must not be rounded to 16 bits."""
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T in at least float32, also under autocast: for what decides (routers, scores, clusters)."""
+    wide = floating(x)
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x.to(wide), weight.to(wide))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attention.lifetimes import Lifetimes
+from attention.lifetimes import FOREVER, Lifetimes
 from attention.ops.attend import attend
 from attention.ops.attend_plan import FEW_QUERIES
 
@@ -56,7 +56,13 @@ class Lanes:
 
 
 def make_lanes(
-    lane: Tensor, start: Tensor, *, queries: int | None = None, window: int | None = None, strict: bool = False
+    lane: Tensor,
+    start: Tensor,
+    *,
+    queries: int | None = None,
+    window: int | None = None,
+    limit: tuple[Tensor, int] | None = None,
+    strict: bool = False,
 ) -> Lanes:
     """Sort keys into lanes by (document, lane, time).
 
@@ -65,6 +71,7 @@ def make_lanes(
               FOREVER: a document in which nobody asks
     queries   how many of the last keys are queries, too; default all. Those before them are rows of a cache
     window    ranks for which a key lives, its own included; default: to the end of its lane
+    limit     the times of the keys, int64 [B or 1, G or 1, Nk], and for how many steps of time a key lives at most
     strict    a query does not meet its own key
     """
     # The stable sort keeps time as the third criterion; 2^31 (2^31 - 1) + 2^31 is the largest number here.
@@ -72,8 +79,12 @@ def make_lanes(
     order = group.argsort(dim=-1, stable=True)
     keys = Permutation.of(order)
     rank = torch.arange(order.shape[-1], device=order.device)
-    end = _run_ends(group.gather(-1, order))
+    group = group.gather(-1, order)
+    end = _run_ends(group)
     death = end if window is None else torch.minimum(end, rank + window)
+    if limit is not None:
+        time = limit[0].expand(order.shape).gather(-1, order)
+        death = torch.minimum(death, _outlived(end, time, limit[1]))
     birth = (rank + strict)[None, None]
     life = Lifetimes(birth.to(torch.int32), death.to(torch.int32))
     if queries is None or queries == order.shape[-1]:
@@ -109,6 +120,12 @@ def _run_ends(group: Tensor) -> Tensor:
     last[..., :-1] = group[..., 1:] != group[..., :-1]
     ends = torch.where(last, torch.arange(1, count + 1, device=group.device), count)
     return ends.flip(-1).cummin(-1).values.flip(-1)
+
+
+def _outlived(end: Tensor, time: Tensor, limit: int) -> Tensor:
+    """For each place the first one of its run (which ends at `end`) whose time is `limit` or more later, else `end`."""
+    run = end << 31
+    return torch.searchsorted(run + time, run + (time + limit).clamp(max=FOREVER))
 
 
 class _Permute(torch.autograd.Function):

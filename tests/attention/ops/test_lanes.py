@@ -23,10 +23,13 @@ class Case:
     heads: int = 4
     kv_heads: int = 2
     window: int | None = None
+    limit: int | None = None  # of time, which runs by 1, 2, 3, 1, 2, 3, ..
     strict: bool = False
 
     def make(self) -> Lanes:
-        return make_lanes(self.lane, self.start, queries=self.queries, window=self.window, strict=self.strict)
+        limit = None if self.limit is None else (SLOW, self.limit)
+        settings = {"queries": self.queries, "window": self.window, "limit": limit, "strict": self.strict}
+        return make_lanes(self.lane, self.start, **settings)
 
     def tensors(self) -> list[Tensor]:
         """q, k, v of two examples."""
@@ -43,6 +46,8 @@ class Case:
             mates = [j for j in range(i + 1) if of_token[j] == of_token[i]]
             if self.window is not None:
                 mates = mates[-self.window :]
+            if self.limit is not None:
+                mates = [j for j in mates if SLOW[0, 0, i] - SLOW[0, 0, j] < self.limit]
             lists.append([j for j in mates if j < i or not self.strict])
         return lists
 
@@ -62,6 +67,7 @@ class Case:
 
 TIME = torch.arange(T)[None, None]
 NONE = torch.zeros_like(TIME)
+SLOW = (1 + TIME % 3).cumsum(-1)
 
 
 def drawn(*shape: int, below: int) -> Tensor:
@@ -95,6 +101,10 @@ CASES = {
     "cached": cached,
     "one more token": lambda: Case(TIME % 9, NONE, queries=1, strict=True),
     "cached clusters": lambda: Case(drawn(2, 2, T, below=5), documents(), queries=30, window=4),
+    "a limit of time": lambda: Case(drawn(2, 2, T, below=4), documents(), limit=17),
+    "a limit and a window": lambda: Case(drawn(1, 2, T, below=3), documents(), window=4, limit=20, queries=20),
+    "a limit of one": lambda: Case(TIME % 5, NONE, limit=1),
+    "a limit beyond all time": lambda: Case(TIME % 5, NONE, limit=2**31 - 1, queries=3),
     "large numbers": lambda: Case(2**31 - 1 - TIME % 3, NONE + 2**31 - 2),
 }
 
