@@ -28,7 +28,7 @@ def _dot(a, b, IEEE: tl.constexpr):
 def _rows(X, row, stride, ok, DIM: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):
     """[rows, D] from X [.., DIM]; where MASKED, rows that are not ok are 0."""
     column = tl.arange(0, D)
-    where = X + row[:, None] * stride + column[None, :]
+    where = X + (row[:, None] * stride + column[None, :])
     if MASKED:
         if DIM == D:
             return tl.load(where, mask=ok[:, None], other=0.0)
@@ -65,7 +65,7 @@ def _visit_forward(
     MASKED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GATE: tl.constexpr, IEEE: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys, begin..begin+KEYS-1, for the tile of queries."""
-    here = begin.to(tl.int64)
+    here = tl.cast(begin, tl.int64)  # a plain number in the interpreter
     row = tl.arange(0, KEYS)
     ok = row < last - begin
     k = _rows(K + here * stride_kn, row, stride_kn, ok, DIM, D, MASKED)
@@ -161,7 +161,7 @@ def _visit_query_gradient(
     MASKED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GATE: tl.constexpr, IEEE: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys for the gradient of the tile of queries."""
-    here = begin.to(tl.int64)
+    here = tl.cast(begin, tl.int64)  # a plain number in the interpreter
     row = tl.arange(0, KEYS)
     ok = row < last - begin
     k = _rows(K + here * stride_kn, row, stride_kn, ok, DIM, D, MASKED)
@@ -259,7 +259,7 @@ def _visit_key_gradient(
     MASKED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GATE: tl.constexpr, IEEE: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries, begin..begin+QUERIES-1, for the gradient of the tile of keys. Scores are [keys, queries]."""
-    here = begin.to(tl.int64)
+    here = tl.cast(begin, tl.int64)  # a plain number in the interpreter
     row = tl.arange(0, QUERIES)
     ok = row < last - begin
     q = _rows(Q + here * stride_qn, row, stride_qn, ok, DIM, D, MASKED)
@@ -281,12 +281,14 @@ def _visit_key_gradient(
         share = tl.minimum(u[:, None] - tau[None, :], 1.0)
         score = tl.where(share > 0.0, score, float("-inf"))
     weight = tl.exp2(score - lse2[None, :])
+    shared = weight
+    if HAS_GATE:
+        shared = tl.where(share > 0.0, weight * share, 0.0)
+    dv += _dot(shared.to(dout.dtype), dout, IEEE)
     dscore = weight * (_dot(v, tl.trans(dout), IEEE) - delta[None, :])
     if HAS_GATE:
         du += tl.sum(tl.where((share > 0.0) & (share < 1.0), dscore, 0.0), 1)
-        weight = tl.where(share > 0.0, weight * share, 0.0)
         dscore = tl.where(share > 0.0, dscore * share, 0.0)
-    dv += _dot(weight.to(dout.dtype), dout, IEEE)
     if HAS_BIAS:
         dbias += tl.sum(dscore, 1)
     dk += _dot(dscore.to(q.dtype), q, IEEE)
@@ -311,8 +313,9 @@ def attend_key_gradient(
     Dbias, Du: contiguous float32 [B, G, Nk].
     """
     program = tl.program_id(0)
-    row = (program // items).to(tl.int64)
-    b, g = row // kv_heads, row % kv_heads
+    row = program // items
+    b, g = (row // kv_heads).to(tl.int64), (row % kv_heads).to(tl.int64)
+    row = row.to(tl.int64)
     Item = Items + b * stride_ib + g * stride_ig + (program % items) * 2
     tile, segment = tl.load(Item), tl.load(Item + 1)
     if tile >= 0:
@@ -359,17 +362,24 @@ def attend_key_gradient(
                 skipped = outer - inner
             else:
                 skipped = outer - outer
-                inner = last
             masked = (last - first - skipped + QUERIES - 1) // QUERIES
-            for number in range((segment * masked) // segments, ((segment + 1) * masked) // segments):
-                begin = first + number * QUERIES
-                begin += tl.where(begin >= inner, skipped, 0)
+            start = first + (segment * masked) // segments * QUERIES
+            end = first + ((segment + 1) * masked) // segments * QUERIES
+            for begin in range(start, end, QUERIES):
+                if TWO_LOOPS:
+                    begin += tl.where(begin >= inner, skipped, 0)
                 dk, dv, dbias, du = _visit_key_gradient(
                     k, v, dk, dv, dbias, du, Qh, Doh, Th, Lse + at, Delta + at, Tau + at, birth, death, bias2, u,
                     begin, last, stride_qn, stride_on, scale2,
                     QUERIES, DIM, D, VDIM, DV, True, HAS_BIAS, HAS_GATE, IEEE,
                 )  # fmt: skip
+        # Read again: what the loop does not need should not hold registers through it.
+        first_key, last_key = tl.load(Tile, volatile=True), tl.load(Tile + 1, volatile=True)
+        slot, segments = tl.load(Tile + 2, volatile=True), tl.load(Tile + 3, volatile=True)
+        ok = key < last_key - first_key
+        sorted_at = b * stride_lb + g * stride_lg + first_key
         if segments == 1:
+            place = tl.load(Order + sorted_at + key, mask=ok, other=0, volatile=True).to(tl.int64)
             _write_rows(Dk + b * stride_dkb + g * stride_dkg, place, stride_dkn, dk * scale, ok, DIM, D)
             _write_rows(Dv + b * stride_dvb + g * stride_dvg, place, stride_dvn, dv, ok, VDIM, DV)
             if HAS_BIAS:

@@ -1,7 +1,7 @@
 """Tile sizes and warps of each kernel: a static table, so that a run is as fast in its first step as in its last.
 
-Keyed by kernel, kind of type and padded head width, never by length. Registers and shared memory of every row are
-held to `compiled.json` by the compile check. A table measured on other hardware (`lmtrain bench --tune`) is a
+Keyed by architecture, kernel, kind of type and padded head width, never by length. The compile check of the tests holds
+every row of Hopper to no spills. A table measured on other hardware (`lmtrain bench --tune`) is a
 JSON file of the same shape; LMTRAIN_KERNEL_CONFIGS names it.
 """
 
@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
+
+import torch
 
 Kernel = Literal["forward", "query_gradient", "key_gradient"]
 Kind = Literal["half", "single"]
@@ -34,48 +36,88 @@ class Config:
     two_loops: bool
 
 
-# 16-bit types: 128 rows wherever registers allow, since two warpgroups of 64 rows are what wgmma wants. The second
-# loop pays where registers are free, and spills in the gradients of wide heads. Float32 multiplies in full precision
-# without tensor cores: small tiles.
-TABLE: dict[tuple[Kernel, Kind, int], Config] = {
-    ("forward", "half", 16): Config(128, 128, 4, 3, True),
-    ("forward", "half", 32): Config(128, 128, 4, 3, True),
-    ("forward", "half", 64): Config(128, 128, 8, 3, True),
-    ("forward", "half", 128): Config(128, 64, 8, 3, True),
-    ("forward", "half", 256): Config(128, 32, 8, 2, False),
-    ("query_gradient", "half", 16): Config(128, 64, 8, 2, True),
-    ("query_gradient", "half", 32): Config(128, 64, 8, 2, True),
-    ("query_gradient", "half", 64): Config(128, 64, 8, 2, True),
-    ("query_gradient", "half", 128): Config(128, 64, 8, 2, False),
-    ("query_gradient", "half", 256): Config(64, 32, 8, 2, False),
-    ("key_gradient", "half", 16): Config(64, 128, 8, 2, False),
-    ("key_gradient", "half", 32): Config(64, 128, 8, 2, False),
-    ("key_gradient", "half", 64): Config(64, 128, 8, 2, False),
-    ("key_gradient", "half", 128): Config(32, 128, 8, 2, False),
-    ("key_gradient", "half", 256): Config(32, 64, 8, 2, False),
-    **{("forward", "single", width): Config(64, 32, 4, 2, True) for width in (16, 32, 64)},
-    **{("query_gradient", "single", width): Config(32, 32, 4, 2, True) for width in (16, 32, 64)},
-    **{("key_gradient", "single", width): Config(32, 32, 4, 2, False) for width in (16, 32, 64)},
-    **{(kernel, "single", 128): Config(32, 32, 4, 1, False) for kernel in KERNELS},
-    **{(kernel, "single", 256): Config(16, 16, 4, 1, False) for kernel in KERNELS},
+Place = tuple[int, Kernel, Kind, int]
+"""(architecture, kernel, kind, padded head width)."""
+
+HOPPER, OTHER = 90, 80
+"""Compute capability 9.0 and above; what comes before has less shared memory and no products of warpgroups."""
+
+# Hopper, 16-bit types: 128 rows wherever registers allow, since two warpgroups of 64 rows are what wgmma wants; whole
+# tiles in a loop of their own where registers are free. Float32 multiplies in full precision, without tensor cores:
+# small tiles.
+_NARROW = (16, 32, 64)
+_EVERY = [(on, kernel) for on in (HOPPER, OTHER) for kernel in KERNELS]
+TABLE: dict[Place, Config] = {
+    (HOPPER, "forward", "half", 16): Config(128, 128, 8, 2, True),
+    (HOPPER, "forward", "half", 32): Config(128, 128, 8, 2, True),
+    (HOPPER, "forward", "half", 64): Config(128, 128, 8, 3, True),
+    (HOPPER, "forward", "half", 128): Config(128, 64, 8, 3, True),
+    (HOPPER, "forward", "half", 256): Config(128, 32, 8, 2, False),
+    (HOPPER, "query_gradient", "half", 16): Config(128, 64, 8, 2, True),
+    (HOPPER, "query_gradient", "half", 32): Config(128, 64, 8, 3, True),
+    (HOPPER, "query_gradient", "half", 64): Config(128, 64, 8, 2, True),
+    (HOPPER, "query_gradient", "half", 128): Config(128, 64, 8, 2, False),
+    (HOPPER, "query_gradient", "half", 256): Config(128, 16, 8, 2, False),
+    (HOPPER, "key_gradient", "half", 16): Config(64, 128, 8, 2, False),
+    (HOPPER, "key_gradient", "half", 32): Config(64, 128, 8, 2, False),
+    (HOPPER, "key_gradient", "half", 64): Config(64, 128, 8, 2, False),
+    (HOPPER, "key_gradient", "half", 128): Config(32, 128, 8, 2, False),
+    (HOPPER, "key_gradient", "half", 256): Config(16, 32, 4, 2, False),
+    **{(OTHER, "forward", "half", width): Config(64, 64, 4, 2, True) for width in _NARROW},
+    (OTHER, "forward", "half", 128): Config(64, 32, 4, 2, False),
+    (OTHER, "forward", "half", 256): Config(32, 16, 4, 2, False),
+    **{(OTHER, "query_gradient", "half", width): Config(64, 32, 4, 2, False) for width in _NARROW},
+    (OTHER, "query_gradient", "half", 128): Config(32, 32, 4, 2, False),
+    (OTHER, "query_gradient", "half", 256): Config(16, 16, 4, 2, False),
+    **{(OTHER, "key_gradient", "half", width): Config(32, 64, 4, 2, False) for width in _NARROW},
+    (OTHER, "key_gradient", "half", 128): Config(32, 32, 4, 2, False),
+    (OTHER, "key_gradient", "half", 256): Config(16, 16, 4, 2, False),
+    **{(on, kernel, "single", width): Config(32, 32, 4, 2, False) for on, kernel in _EVERY for width in (16, 32)},
+    **{(on, kernel, "single", 64): Config(32, 32, 8, 2, False) for on, kernel in _EVERY},
+    **{(on, kernel, "single", 128): Config(32, 16, 8, 1, False) for on, kernel in _EVERY},
+    **{(on, kernel, "single", 256): Config(16, 16, 8, 1, False) for on, kernel in _EVERY},
+}
+
+# A gate and a bias need registers of their own: where the rows above would spill with them, these go before.
+WITH_OPTIONS: dict[Place, Config] = {
+    (HOPPER, "forward", "half", 64): Config(128, 64, 8, 3, True),
+    (HOPPER, "query_gradient", "half", 128): Config(128, 32, 8, 3, False),
+    (HOPPER, "key_gradient", "half", 32): Config(32, 128, 8, 2, False),
+    (HOPPER, "key_gradient", "half", 64): Config(32, 128, 8, 2, False),
+    (HOPPER, "key_gradient", "half", 128): Config(16, 128, 8, 2, False),
+    (HOPPER, "key_gradient", "half", 256): Config(16, 16, 4, 2, False),
 }
 
 
-def find_config(kernel: Kernel, kind: Kind, width: int) -> Config:
-    """The configuration for a padded head width; a row of the user's own table goes before ours."""
-    return _table()[kernel, kind, width]
+def find_config(kernel: Kernel, kind: Kind, width: int, *, options: bool = False, on: int = HOPPER) -> Config:
+    """The configuration for a padded head width; with options: for a call with bias or gate.
+
+    A row of the user's own table goes before ours.
+    """
+    place = on, kernel, kind, width
+    if options and place in WITH_OPTIONS:
+        return WITH_OPTIONS[place]
+    return _table()[place]
 
 
 @functools.cache
-def _table() -> dict[tuple[Kernel, Kind, int], Config]:
+def architecture(device: torch.device) -> int:
+    """The column of the table that serves a device; a CPU's interpreter gets Hopper's."""
+    if device.type != "cuda":
+        return HOPPER
+    return HOPPER if torch.cuda.get_device_capability(device) >= (9, 0) else OTHER
+
+
+@functools.cache
+def _table() -> dict[Place, Config]:
     path = os.environ.get(ENVIRONMENT)
     return {**TABLE, **(read_table(Path(path)) if path else {})}
 
 
 @contextmanager
-def trying(kernel: Kernel, kind: Kind, width: int, config: Config) -> Iterator[None]:
+def trying(place: Place, config: Config) -> Iterator[None]:
     """Meanwhile the kernel runs with this configuration: for the tuner."""
-    table, place = _table(), (kernel, kind, width)
+    table = _table()
     before, table[place] = table[place], config
     try:
         yield
@@ -83,13 +125,16 @@ def trying(kernel: Kernel, kind: Kind, width: int, config: Config) -> Iterator[N
         table[place] = before
 
 
-def write_table(table: dict[tuple[Kernel, Kind, int], Config], path: Path) -> None:
-    """As JSON: a list of {kernel, kind, width, queries, keys, warps, stages, two_loops}."""
-    rows = [{"kernel": k, "kind": t, "width": w, **asdict(config)} for (k, t, w), config in sorted(table.items())]
+def write_table(table: dict[Place, Config], path: Path) -> None:
+    """As JSON: a list of {architecture, kernel, kind, width, queries, keys, warps, stages, two_loops}."""
+    rows = [{**dict(zip(_PLACE, place)), **asdict(config)} for place, config in sorted(table.items())]
     path.write_text(json.dumps(rows, indent=1) + "\n")
 
 
-def read_table(path: Path) -> dict[tuple[Kernel, Kind, int], Config]:
+_PLACE = ("architecture", "kernel", "kind", "width")
+
+
+def read_table(path: Path) -> dict[Place, Config]:
     """The reverse of `write_table`. ValueError names the file and the row that is not one."""
     try:
         rows = json.loads(path.read_text())
@@ -98,11 +143,11 @@ def read_table(path: Path) -> dict[tuple[Kernel, Kind, int], Config]:
     table = {}
     for number, row in enumerate(rows if isinstance(rows, list) else [rows]):
         try:
-            place = (row.pop("kernel"), row.pop("kind"), row.pop("width"))
+            place = tuple(row.pop(name) for name in _PLACE)
             table[place] = Config(**row)
         except (AttributeError, KeyError, TypeError):
             place = None
         if place not in TABLE:
-            example = {"kernel": "forward", "kind": "half", "width": 64, **asdict(TABLE["forward", "half", 64])}
+            example = {**dict(zip(_PLACE, next(iter(TABLE)))), **asdict(next(iter(TABLE.values())))}
             raise ValueError(f"{ENVIRONMENT}: {path}: row {number} is none; expected one like {json.dumps(example)}")
     return table

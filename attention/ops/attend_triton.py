@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from attention.kernels import attend as kernels
-from attention.kernels.configs import Config, Kernel, Kind, find_config
+from attention.kernels.configs import Config, Kernel, Kind, architecture, find_config
 from attention.kernels.plan import Plan
 from attention.lifetimes import Lifetimes
 from attention.ops.attend_operands import Gradients, Operands, empty_heads_last, heads_last, row_terms
@@ -178,7 +178,7 @@ class _Call:
             names = ("stride_lb", "stride_lg", "KEYS", "DIM", "D", "VDIM", "DV", "HAS_BIAS", "HAS_GATE")
             common = self._common(self.k, self.v, runs) | self._sides(config)
             kernels.attend_sum_segments[(tiles.shape[2] * math.prod(shape),)](
-                **targets, **{name: common[name] for name in names}, num_warps=4
+                **targets, **{name: common[name] for name in names}, num_warps=16
             )
         return dbias, du
 
@@ -216,7 +216,9 @@ class _Call:
 
     def _config(self, name: Kernel) -> Config:
         kind: Kind = "single" if self.q.dtype == torch.float32 else "half"
-        return find_config(name, kind, max(_padded(self.dim), _padded(self.v.shape[-1])))
+        width = max(_padded(self.dim), _padded(self.v.shape[-1]))
+        options = self.bias is not None or self.u is not None
+        return find_config(name, kind, width, options=options, on=architecture(self.q.device))
 
     def _sides(self, config: Config) -> dict[str, Any]:
         return {"QUERIES": config.queries, "KEYS": config.keys}

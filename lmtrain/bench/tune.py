@@ -17,7 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attention.kernels.configs import ENVIRONMENT, KERNELS, Config, Kernel, Kind, find_config, trying, write_table
+from attention.kernels.configs import (
+    ENVIRONMENT,
+    KERNELS,
+    Config,
+    Kernel,
+    Kind,
+    architecture,
+    find_config,
+    trying,
+    write_table,
+)
 from attention.lifetimes import FOREVER, Lifetimes, causal, window
 from attention.ops.attend import attend
 from lmtrain.bench.measure import environment, timed_in_turn
@@ -95,10 +105,11 @@ def tune(order: Order, say: Callable[[str], None]) -> Tuning:
         calls = _calls(width, dtype, device)
         for kernel in KERNELS:
             say(f"{kernel}, {kind}, heads of {width}")
-            before = find_config(kernel, kind, width)
+            before = find_config(kernel, kind, width, on=architecture(device))
             after, seconds = descend(before, race_of(kernel, kind, width, calls, repeats, device, say))
             tuning.rows.append(Tuned(kernel, kind, width, before, after, seconds[before], seconds[after]))
-            write_table({(row.kernel, row.kind, row.width): row.after for row in tuning.rows}, path)
+            on = architecture(device)
+            write_table({(on, row.kernel, row.kind, row.width): row.after for row in tuning.rows}, path)
     return tuning
 
 
@@ -139,7 +150,7 @@ def race_of(
     truth = [call() for call in work]
 
     def run(config: Config, call: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
-        with trying(kernel, kind, width, config):
+        with trying((architecture(device), kernel, kind, width), config):
             return call()
 
     def runs_right(config: Config) -> bool:

@@ -89,7 +89,7 @@ def test_gradients_are_judged_by_the_backward_pass(kernel: Kernel) -> None:
 
 def test_a_configuration_is_tried_and_taken_back() -> None:
     def interrupted() -> None:
-        with trying("forward", "half", 64, START):
+        with trying((90, "forward", "half", 64), START):
             assert find_config("forward", "half", 64) == START
             assert find_config("forward", "half", 128) != START
             raise KeyboardInterrupt
@@ -119,7 +119,7 @@ def test_the_table_is_one_that_the_kernels_read(tmp_path: Path, monkeypatch: pyt
     assert said == [f"{row.kernel}, single, heads of 32" for row in found.rows]
     assert found.path == tmp_path / "out" / TABLE
     table = read_table(found.path)
-    assert table == {(row.kernel, row.kind, row.width): row.after for row in found.rows}
+    assert table == {(90, row.kernel, row.kind, row.width): row.after for row in found.rows}
     assert all(row.seconds_before > 0 and row.seconds_after > 0 for row in found.rows)
     assert found.rows[0].before == find_config("forward", "single", 32)
     assert f"export {ENVIRONMENT}={found.path}" in found.format()

@@ -31,7 +31,7 @@ def small_tiles(monkeypatch):
 def use_tiles(monkeypatch, two_loops, everywhere=False):
     tiles = {"forward": (32, 16), "query_gradient": (32, 32), "key_gradient": (16, 32)}
     if INTERPRETED or everywhere:
-        monkeypatch.setattr(attend_triton, "find_config", lambda name, *_: Config(*tiles[name], 4, 1, two_loops))
+        monkeypatch.setattr(attend_triton, "find_config", lambda name, *_, **__: Config(*tiles[name], 4, 1, two_loops))
 
 
 @pytest.fixture(autouse=True)

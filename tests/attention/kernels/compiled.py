@@ -1,0 +1,161 @@
+"""What the kernels become on Hopper, found out without a GPU: registers, spills, shared memory, tensor core products.
+
+    python -m tests.attention.kernels.compiled [--widths 64,128] [--types bfloat16] [--options plain] [--json]
+
+Every kernel is compiled through its real launcher, so that arguments are specialised as in a run, for a device that is
+not there (sm_90). The wheel's own disassembler reads what came out. It knows nothing of speed, races or addresses.
+Needs a process in which TRITON_INTERPRET is unset: interpreted kernels cannot be compiled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from attention.kernels.configs import WIDTHS
+from attention.lifetimes import window
+from attention.ops import attend_triton
+from attention.ops.attend_operands import Operands
+from lmtrain.table import table
+
+KERNELS = ("attend_forward", "attend_query_gradient", "attend_key_gradient", "attend_sum_segments")
+TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+OPTIONS = ("plain", "bias", "bias and gate")
+TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel as machine code: registers and bytes of stack (spills) per thread, shared memory in bytes, and
+    instructions: products of warpgroups (wgmma) and of warps (mma), loads of 16 bytes past the registers."""
+
+    kernel: str
+    type: str
+    width: int
+    options: str
+    tile: str
+    registers: int
+    stack: int
+    shared: int
+    wgmma: int
+    mma: int
+    wide_loads: int
+
+
+class NoDevice:
+    """Stands for the driver of a GPU that is not there."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_kernel(job: tuple[str, str, int, str]) -> Compiled:
+    """The kernel for heads of a width, in a type, with options, as `attend` would launch it."""
+    kernel, kind, width, options = job
+    triton.runtime.driver.set_active(NoDevice())
+    run, made = JITFunction.run, []
+
+    def only_compile(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        if self.fn.__name__ == kernel:
+            made.append((run(self, *args, grid=(1,), warmup=True, **kwargs), kwargs))
+
+    with mock.patch.object(JITFunction, "run", only_compile):
+        _call(TYPES[kind], width, options, forward=kernel == "attend_forward")
+    code, arguments = made[0]
+    return Compiled(kernel, kind, width, options, _tile(arguments), **_resources(code))
+
+
+def _call(dtype: torch.dtype, width: int, options: str, forward: bool) -> None:
+    """A call of such a size that the launcher makes every kernel's arguments."""
+    batch, heads, kv_heads, length = 1, 8, 2, 2048
+
+    def new(number: int) -> Tensor:
+        return torch.zeros(batch, length, number, width, dtype=dtype).transpose(1, 2)
+
+    def scores(number: int) -> Tensor:
+        return torch.zeros(batch, number, length)
+
+    bias = None if options == "plain" else scores(kv_heads)
+    u, tau = (scores(kv_heads), scores(heads)) if "gate" in options else (None, None)
+    x = Operands(new(heads), new(kv_heads), new(kv_heads), bias, u, tau, width**-0.5)
+    if forward:
+        attend_triton.attend_forward(x, window(length, 64), None)
+    else:
+        attend_triton.attend_backward(new(heads), None, x, window(length, 64), None, new(heads), scores(heads))
+
+
+def _tile(arguments: dict[str, Any]) -> str:
+    sides = "x".join(str(arguments[side]) for side in ("QUERIES", "KEYS") if side in arguments)
+    loops = 1 + arguments.get("TWO_LOOPS", 0)
+    return f"{sides} w{arguments['num_warps']} s{arguments.get('num_stages', 3)} l{loops}"
+
+
+def _resources(code: Any) -> dict[str, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(code.asm["cubin"])
+        file.flush()
+        usage, sass = (
+            subprocess.run([TOOL, option, file.name], capture_output=True, text=True, check=True).stdout
+            for option in ("-res-usage", "-sass")
+        )
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found is not None, usage
+    return {
+        "registers": int(found[1]),
+        "stack": int(found[2]),
+        "shared": code.metadata.shared,
+        "wgmma": len(re.findall(r"\bHGMMA\.", sass)),
+        "mma": len(re.findall(r"\bHMMA\.", sass)),
+        "wide_loads": len(re.findall(r"\bLDGSTS\S*\.128", sass)),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--kernels", default=",".join(KERNELS))
+    parser.add_argument("--widths", default=",".join(map(str, WIDTHS)))
+    parser.add_argument("--types", default=",".join(TYPES))
+    parser.add_argument("--options", default=",".join(OPTIONS))
+    parser.add_argument("--json", action="store_true", help="a list on stdout; the table on stderr")
+    chosen = parser.parse_args()
+    jobs = [
+        (kernel, kind, int(width), options)
+        for kernel in chosen.kernels.split(",")
+        for kind in chosen.types.split(",")
+        for width in chosen.widths.split(",")
+        for options in chosen.options.split(",")
+    ]
+    with ProcessPoolExecutor(2) as pool:
+        rows = list(pool.map(compile_kernel, jobs))
+    lines = [[str(value) for value in dataclasses.astuple(row)] for row in rows]
+    out = table([field.name for field in dataclasses.fields(Compiled)], lines)
+    print(f"triton {triton.__version__}, sm_90\n{out}", file=sys.stderr if chosen.json else sys.stdout)
+    if chosen.json:
+        print(json.dumps([dataclasses.asdict(row) for row in rows]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
