@@ -81,7 +81,9 @@ TABLE: dict[Place, Config] = {
 # A gate and a bias need registers of their own: where the rows above would spill with them, these go before.
 WITH_OPTIONS: dict[Place, Config] = {
     (HOPPER, "forward", "half", 64): Config(128, 64, 8, 3, True),
+    (HOPPER, "forward", "half", 128): Config(128, 32, 8, 3, True),
     (HOPPER, "query_gradient", "half", 128): Config(128, 32, 8, 3, False),
+    (HOPPER, "key_gradient", "half", 16): Config(32, 128, 8, 2, False),
     (HOPPER, "key_gradient", "half", 32): Config(32, 128, 8, 2, False),
     (HOPPER, "key_gradient", "half", 64): Config(32, 128, 8, 2, False),
     (HOPPER, "key_gradient", "half", 128): Config(16, 128, 8, 2, False),

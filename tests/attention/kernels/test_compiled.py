@@ -1,4 +1,4 @@
-"""Every kernel in every configuration as code for Hopper: no spills, tensor cores of warpgroups, room in shared memory."""
+"""Every kernel in every configuration as code for Hopper: no spills, products of warpgroups, room in shared memory."""
 
 import json
 import os

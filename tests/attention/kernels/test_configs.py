@@ -29,7 +29,7 @@ def test_calls_with_options_may_have_rows_of_their_own():
     plain, gated = (find_config("key_gradient", "half", 128, options=options) for options in (False, True))
     assert plain == TABLE[HOPPER, "key_gradient", "half", 128]
     assert gated == configs.WITH_OPTIONS[HOPPER, "key_gradient", "half", 128] != plain
-    assert find_config("forward", "half", 128, options=True) == TABLE[HOPPER, "forward", "half", 128]
+    assert find_config("forward", "half", 16, options=True) == TABLE[HOPPER, "forward", "half", 16]
 
 
 @pytest.mark.parametrize(("capability", "on"), [((8, 0), OTHER), ((8, 9), OTHER), ((9, 0), HOPPER), ((10, 0), HOPPER)])
