@@ -217,8 +217,7 @@ class _Call:
     def _config(self, name: Kernel) -> Config:
         kind: Kind = "single" if self.q.dtype == torch.float32 else "half"
         width = max(_padded(self.dim), _padded(self.v.shape[-1]))
-        options = self.bias is not None or self.u is not None
-        return find_config(name, kind, width, options=options, on=architecture(self.q.device))
+        return find_config(name, kind, width, gated=self.u is not None, on=architecture(self.q.device))
 
     def _sides(self, config: Config) -> dict[str, Any]:
         return {"QUERIES": config.queries, "KEYS": config.keys}

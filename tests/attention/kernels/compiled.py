@@ -1,9 +1,9 @@
-"""What the kernels become on Hopper, found out without a GPU: registers, spills, shared memory, tensor core products.
+"""What the kernels become on a GPU, found out without one: registers, spills, shared memory, tensor core products.
 
-    python -m tests.attention.kernels.compiled [--widths 64,128] [--types bfloat16] [--options plain] [--json]
+    python -m tests.attention.kernels.compiled [--widths 64,128] [--types bfloat16] [--options plain] [--on 80] [--json]
 
 Every kernel is compiled through its real launcher, so that arguments are specialised as in a run, for a device that is
-not there (sm_90). The wheel's own disassembler reads what came out. It knows nothing of speed, races or addresses.
+not there (Hopper, or --on another of `configs.SHARED`). The wheel's own disassembler reads what came out. It knows nothing of speed, races or addresses.
 Needs a process in which TRITON_INTERPRET is unset: interpreted kernels cannot be compiled.
 """
 
@@ -28,7 +28,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from attention.kernels.configs import WIDTHS
+from attention.kernels.configs import HOPPER, SHARED, WIDTHS
 from attention.lifetimes import window
 from attention.ops import attend_triton
 from attention.ops.attend_operands import Operands
@@ -36,7 +36,7 @@ from lmtrain.table import table
 
 KERNELS = ("attend_forward", "attend_query_gradient", "attend_key_gradient", "attend_sum_segments")
 TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-OPTIONS = ("plain", "bias", "bias and gate")
+OPTIONS = ("plain", "bias", "gate", "bias and gate")
 TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -59,10 +59,13 @@ class Compiled:
 
 
 class NoDevice:
-    """Stands for the driver of a GPU that is not there."""
+    """Stands for the driver of a GPU that is not there. Triton asks once in a process: one architecture for each."""
+
+    def __init__(self, architecture: int) -> None:
+        self.architecture = architecture
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", self.architecture, 32)
 
     def get_current_device(self) -> int:
         return 0
@@ -71,17 +74,18 @@ class NoDevice:
         return 0
 
 
-def compile_kernel(job: tuple[str, str, int, str]) -> Compiled:
-    """The kernel for heads of a width, in a type, with options, as `attend` would launch it."""
-    kernel, kind, width, options = job
-    triton.runtime.driver.set_active(NoDevice())
+def compile_kernel(job: tuple[str, str, int, str, int]) -> Compiled:
+    """The kernel for heads of a width, in a type, with options, as `attend` would launch it on an architecture."""
+    kernel, kind, width, options, on = job
+    triton.runtime.driver.set_active(NoDevice(on))
     run, made = JITFunction.run, []
 
     def only_compile(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         if self.fn.__name__ == kernel:
             made.append((run(self, *args, grid=(1,), warmup=True, **kwargs), kwargs))
 
-    with mock.patch.object(JITFunction, "run", only_compile):
+    here = mock.patch.object(attend_triton, "architecture", lambda device: on)
+    with here, mock.patch.object(JITFunction, "run", only_compile):
         _call(TYPES[kind], width, options, forward=kernel == "attend_forward")
     code, arguments = made[0]
     return Compiled(kernel, kind, width, options, _tile(arguments), **_resources(code))
@@ -97,7 +101,7 @@ def _call(dtype: torch.dtype, width: int, options: str, forward: bool) -> None:
     def scores(number: int) -> Tensor:
         return torch.zeros(batch, number, length)
 
-    bias = None if options == "plain" else scores(kv_heads)
+    bias = scores(kv_heads) if "bias" in options else None
     u, tau = (scores(kv_heads), scores(heads)) if "gate" in options else (None, None)
     x = Operands(new(heads), new(kv_heads), new(kv_heads), bias, u, tau, width**-0.5)
     if forward:
@@ -138,10 +142,11 @@ def main() -> int:
     parser.add_argument("--widths", default=",".join(map(str, WIDTHS)))
     parser.add_argument("--types", default=",".join(TYPES))
     parser.add_argument("--options", default=",".join(OPTIONS))
+    parser.add_argument("--on", type=int, default=HOPPER, choices=tuple(SHARED), help="architecture")
     parser.add_argument("--json", action="store_true", help="a list on stdout; the table on stderr")
     chosen = parser.parse_args()
     jobs = [
-        (kernel, kind, int(width), options)
+        (kernel, kind, int(width), options, chosen.on)
         for kernel in chosen.kernels.split(",")
         for kind in chosen.types.split(",")
         for width in chosen.widths.split(",")
@@ -151,7 +156,7 @@ def main() -> int:
         rows = list(pool.map(compile_kernel, jobs))
     lines = [[str(value) for value in dataclasses.astuple(row)] for row in rows]
     out = table([field.name for field in dataclasses.fields(Compiled)], lines)
-    print(f"triton {triton.__version__}, sm_90\n{out}", file=sys.stderr if chosen.json else sys.stdout)
+    print(f"triton {triton.__version__}, sm_{chosen.on}\n{out}", file=sys.stderr if chosen.json else sys.stdout)
     if chosen.json:
         print(json.dumps([dataclasses.asdict(row) for row in rows]))
     return 0

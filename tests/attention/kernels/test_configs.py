@@ -1,6 +1,7 @@
 """The static table of configurations: complete, and replaced by a file only if every row of it is one."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,19 +23,23 @@ from attention.kernels.configs import (
 def test_the_table_is_complete():
     expected = {(on, k, t, w) for on in (HOPPER, OTHER) for k in KERNELS for t in ("half", "single") for w in WIDTHS}
     assert set(TABLE) == expected
-    assert set(configs.WITH_OPTIONS) <= expected
+    assert set(configs.GATED) <= expected
 
 
-def test_calls_with_options_may_have_rows_of_their_own():
-    plain, gated = (find_config("key_gradient", "half", 128, options=options) for options in (False, True))
+def test_calls_with_a_gate_may_have_rows_of_their_own():
+    plain, with_gate = (find_config("key_gradient", "half", 128, gated=gated) for gated in (False, True))
     assert plain == TABLE[HOPPER, "key_gradient", "half", 128]
-    assert gated == configs.WITH_OPTIONS[HOPPER, "key_gradient", "half", 128] != plain
-    assert find_config("forward", "half", 16, options=True) == TABLE[HOPPER, "forward", "half", 16]
+    assert with_gate == configs.GATED[HOPPER, "key_gradient", "half", 128] != plain
+    assert find_config("forward", "half", 16, gated=True) == TABLE[HOPPER, "forward", "half", 16]
 
 
-@pytest.mark.parametrize(("capability", "on"), [((8, 0), OTHER), ((8, 9), OTHER), ((9, 0), HOPPER), ((10, 0), HOPPER)])
-def test_devices_find_their_column(monkeypatch, capability, on):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+@pytest.mark.parametrize(
+    ("major", "minor", "kib", "on"),
+    [(8, 0, 163, OTHER), (8, 9, 99, OTHER), (9, 0, 227, HOPPER), (10, 0, 227, HOPPER), (12, 0, 99, OTHER)],
+)
+def test_devices_find_their_rows(monkeypatch, major, minor, kib, on):
+    has = SimpleNamespace(major=major, minor=minor, shared_memory_per_block_optin=kib * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: has)
     configs.architecture.cache_clear()
     assert configs.architecture(torch.device("cuda", 0)) == on
     assert configs.architecture(torch.device("cpu")) == HOPPER
