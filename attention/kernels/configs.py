@@ -111,7 +111,8 @@ def architecture(device: torch.device) -> int:
     if device.type != "cuda":
         return HOPPER
     has = torch.cuda.get_device_properties(device)
-    return HOPPER if has.major >= 9 and has.shared_memory_per_block_optin >= SHARED[HOPPER] else OTHER
+    shared = getattr(has, "shared_memory_per_block_optin", SHARED[HOPPER] if has.major == 9 else 0)
+    return HOPPER if has.major >= 9 and shared >= SHARED[HOPPER] else OTHER
 
 
 @functools.cache

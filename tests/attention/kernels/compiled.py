@@ -3,7 +3,8 @@
     python -m tests.attention.kernels.compiled [--widths 64,128] [--types bfloat16] [--options plain] [--on 80] [--json]
 
 Every kernel is compiled through its real launcher, so that arguments are specialised as in a run, for a device that is
-not there (Hopper, or --on another of `configs.SHARED`). The wheel's own disassembler reads what came out. It knows nothing of speed, races or addresses.
+not there (Hopper, or --on another of `configs.SHARED`). The wheel's own disassembler reads what came out. It knows
+nothing of speed, races or addresses.
 Needs a process in which TRITON_INTERPRET is unset: interpreted kernels cannot be compiled.
 """
 
@@ -84,7 +85,7 @@ def compile_kernel(job: tuple[str, str, int, str, int]) -> Compiled:
         if self.fn.__name__ == kernel:
             made.append((run(self, *args, grid=(1,), warmup=True, **kwargs), kwargs))
 
-    here = mock.patch.object(attend_triton, "architecture", lambda device: on)
+    here = mock.patch.object(attend_triton, "architecture", return_value=on)
     with here, mock.patch.object(JITFunction, "run", only_compile):
         _call(TYPES[kind], width, options, forward=kernel == "attend_forward")
     code, arguments = made[0]

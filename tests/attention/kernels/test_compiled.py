@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from attention.kernels.configs import HOPPER, OTHER, SHARED
-from tests.attention.kernels.compiled import OPTIONS
 from tests.documents import ROOT
 
 STACK = {"bfloat16": 0, "float16": 0, "float32": 32}  # bytes of spills; float32 has no tensor cores to starve
 STACK_OTHER = 48  # the assembler spills a little itself, to have more programs at a time
 WARPGROUP_ROWS = 64
-IN_EVERY_RUN = ("plain", "bias", "bias and gate")  # a gate alone needs less
+IN_EVERY_RUN = ("plain", "bias", "bias and gate")
+OPTIONS = (*IN_EVERY_RUN, "gate")
 
 pytestmark = pytest.mark.skipif(
     platform.system() != "Linux" or platform.machine() not in ("x86_64", "aarch64"),
