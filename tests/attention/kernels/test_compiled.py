@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from attention.kernels.configs import HOPPER, OTHER, SHARED
+from attention.kernels.configs import ENVIRONMENT, HOPPER, OTHER, SHARED
 from tests.documents import ROOT
 
 STACK = {"bfloat16": 0, "float16": 0, "float32": 32}  # bytes of spills; float32 has no tensor cores to starve
@@ -33,8 +33,8 @@ def cache(pytestconfig: pytest.Config) -> Path:
 
 def compile_all(types: str, cache: Path, *path: str, options: Sequence[str] = OPTIONS, on: int = HOPPER) -> list[dict]:
     """Rows of `compiled.py`, run where nothing is interpreted."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": os.pathsep.join([*path, str(ROOT)])}
+    ours = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", ENVIRONMENT)}
+    environment = ours | {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": os.pathsep.join([*path, str(ROOT)])}
     environment |= {"TRITON_DEFAULT_FP_FUSION": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-P", "-m", "tests.attention.kernels.compiled", "--json", "--types", types]
     command += ["--options", ",".join(options), "--on", str(on)]
