@@ -231,6 +231,7 @@ class _Call:
                 TWO_LOOPS=config.two_loops,
                 num_warps=config.warps,
                 num_stages=config.stages,
+                enable_fp_fusion=True,  # Triton 3.10 changes its default
             )
 
     def _of_keys(self, t: Tensor) -> Tensor:
