@@ -27,7 +27,7 @@ class LivingKeys:
     def extend(self, k: Tensor, v: Tensor, life: Lifetimes, clock: Clock) -> tuple[Tensor, Tensor, Lifetimes]:
         """Add the new tokens' keys; returns all that the new queries may meet. Stored without gradient."""
         if self.limit is not None:
-            life = life.until((life.birth.long() + self.limit).clamp(max=FOREVER).int())
+            life = life.at_most(self.limit)
         if self.size == 0:
             self._append(k, v, life)
             return k, v, life

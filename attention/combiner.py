@@ -99,7 +99,7 @@ class Combiner(SoftmaxAttention):
     def direct(self, clock: Clock, limit: int | None) -> Lifetimes:
         """`lifetimes` of the tokens, none of them longer than the limit."""
         life = self.lifetimes(clock)
-        return life if limit is None else life.until((life.birth.long() + limit).clamp(max=FOREVER).to(torch.int32))
+        return life if limit is None else life.at_most(limit)
 
 
 @dataclass(frozen=True, eq=False)

@@ -47,6 +47,10 @@ class Lifetimes:
         """The same keys, none of which outlives `end` (int32, broadcastable): its document, its lane."""
         return Lifetimes(self.birth, torch.minimum(self.death, end), self.generation)
 
+    def at_most(self, steps: int) -> "Lifetimes":
+        """The same keys, none of which lives for more than so many steps, its own included."""
+        return self.until((self.birth.long() + steps).clamp(max=FOREVER).to(torch.int32))
+
 
 def causal(num_keys: int, device: torch.device | str | None = None) -> Lifetimes:
     """Tokens 0..num_keys-1 that live forever: dense causal attention."""
@@ -56,8 +60,7 @@ def causal(num_keys: int, device: torch.device | str | None = None) -> Lifetimes
 
 def window(num_keys: int, width: int, device: torch.device | str | None = None) -> Lifetimes:
     """Tokens 0..num_keys-1 that live for `width` steps, their own included: a sliding window."""
-    birth = torch.arange(num_keys, dtype=torch.int32, device=device)
-    return Lifetimes(birth, (birth.long() + width).clamp(max=FOREVER).to(torch.int32))
+    return causal(num_keys, device).at_most(width)
 
 
 def query_intervals(

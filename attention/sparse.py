@@ -134,7 +134,7 @@ class StridedSparse(Sparse):
         """
         stride = self.config.block
         first, last = (Lifetimes(life.birth[:, at], life.death[:, at]) for at in (slice(0, 1), slice(-1, None)))
-        near = first.until((first.birth.long() + stride).clamp(max=FOREVER).to(torch.int32))
+        near = first.at_most(stride)
         start = start[:, -1:]
         # Neighbours in a lane are one stride apart.
         window = None if limit is None else -(-limit // stride)

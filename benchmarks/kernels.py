@@ -30,12 +30,13 @@ if not torch.cuda.is_available():
 
 from report import publish, table
 
-from attention.kernels.plan import Plan, visited_pairs
+from attention.kernels.plan import Plan
 from attention.lifetimes import FOREVER, Lifetimes, living_pairs
 from attention.mixer import build
 from attention.ops.attend import attend, attend_reference
 from lmtrain.bench.measure import Timing, now, peak_bytes, timed_in_turn
 from lmtrain.bench.subjects import Attend, Bed, Flex, Heads, Sdpa, Subject, UnavailableError
+from lmtrain.bench.tiles import tile_waste
 
 HEADS = 16
 PATTERNS: dict[str, dict[str, Any]] = {
@@ -226,17 +227,11 @@ def _row(
     if isinstance(subject, Attend) and not isinstance(subject, Flex):
         flex = f"{name} (flex)"
         row["over flex"] = both[name].median / both[flex].median if flex in both else None
-        rho = _visited(subject, length, heads) / _dense_tiles(length, heads)
+        (waste,) = tile_waste([subject], [length])
+        rho = (waste.forward + waste.backward) / _dense_tiles(length, heads)
         row["rho"] = rho
         row["over bound"] = both[name].median / (rho * both["dense"].median) if "dense" in both else None
     return row
-
-
-def _visited(subject: Attend, length: int, heads: Heads) -> int:
-    life = subject.pattern(length)
-    keys = max(life.birth.shape[-1], life.death.shape[-1])
-    plan = Plan(life, torch.arange(length, dtype=torch.int32), kv_heads=heads.kv_heads, num_keys=keys)
-    return sum(visited_pairs(plan, 128, 128, batch=1, heads=heads.heads))
 
 
 def _dense_tiles(length: int, heads: Heads) -> int:

@@ -25,14 +25,6 @@ DIM = 24
 of_each_pattern = pytest.mark.parametrize("settings", PATTERNS.values(), ids=PATTERNS.keys())
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def ready(**settings: Any) -> Mixer:
     """In float64, always from the same seed."""
     torch.manual_seed(0)

@@ -25,14 +25,6 @@ SETTINGS = {
 each_setting = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def ready(std: float = 0.5, **settings: Any) -> MoH:
     """In float64, always from the same seed, with a router whose mind is made up."""
     torch.manual_seed(0)

@@ -21,14 +21,6 @@ DIM = 16
 SMALL = {"heads": 3, "head_dim": 4, "keep": 5}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def ready(**settings: Any) -> Mixer:
     """In float64, always from the same seed."""
     torch.manual_seed(0)

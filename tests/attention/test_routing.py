@@ -19,14 +19,6 @@ ORACLE = load("routing")
 DIM = 16
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def ready(**settings: Any) -> Routing:
     """In float64, always from the same seed."""
     torch.manual_seed(0)

@@ -17,14 +17,6 @@ from tests.conformance.oracle import load, multi_head_attention
 ORACLE = load("s2")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def ready(dim: int = 16, **settings: Any) -> Mixer:
     """In float64, always from the same seed."""
     torch.manual_seed(0)

@@ -20,14 +20,6 @@ FOUR = {"fixed": FIXED, "strided": STRIDED, "fixed heads": FIXED | BY_HEADS, "st
 of_all_four = pytest.mark.parametrize("settings", FOUR.values(), ids=FOUR.keys())
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def ready(**settings: Any) -> Mixer:
     """In float64, always from the same seed; 16 wide."""
     torch.manual_seed(0)

@@ -1,9 +1,6 @@
 """Every registered mixer, in every case of its oracle, goes through the whole suite."""
 
-from collections.abc import Iterator
-
 import pytest
-import torch
 
 from attention.mixer import MIXERS
 from tests.conformance.oracle import Case, Subject, load, missing
@@ -31,12 +28,8 @@ def _with_oracle(request: pytest.FixtureRequest) -> Subject:
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Matrices are small here: a second thread would cost more than it does."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def small_products(one_thread: None) -> None:
+    """Matrices are small in every test here."""
 
 
 @pytest.fixture

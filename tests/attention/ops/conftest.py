@@ -1,6 +1,6 @@
 """Patterns of lifetimes that every path of `attend` must get right, small, in float64."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -221,15 +221,6 @@ CASES: dict[str, Callable[[], Case]] = {
     "chunk": chunk,
     "no keys": lambda: case(causal(0), queries=5),
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small products: threads cost more than they give, and much more beside other work on the machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=CASES)
