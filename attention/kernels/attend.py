@@ -59,12 +59,15 @@ def _run(Runs, place):
 
 
 @triton.jit
-def _visit_forward(
-    q, acc, top, total, K, V, Birth, Death, Bias, U, time, tau, begin, last, stride_kn, stride_vn, scale2,
+def _visit(
+    q, K, V, Birth, Death, Bias, U, time, tau, begin, last, stride_kn, stride_vn, scale2,
     KEYS: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr, VDIM: tl.constexpr, DV: tl.constexpr,
     MASKED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GATE: tl.constexpr, IEEE: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys, begin..begin+KEYS-1, for the tile of queries."""
+    """One tile of keys, begin..begin+KEYS-1: k, v, scores [queries, keys] in base 2, and the gate's share of each pair.
+
+    Without a gate the share is not to be read.
+    """
     here = tl.cast(begin, tl.int64)  # a plain number in the interpreter
     row = tl.arange(0, KEYS)
     ok = row < last - begin
@@ -77,10 +80,25 @@ def _visit_forward(
         birth = tl.load(Birth + here + row, mask=ok, other=NEVER)
         death = tl.load(Death + here + row, mask=ok, other=-NEVER)
         score = _meet(score, birth[None, :], death[None, :], time[:, None])
+    share = score
     if HAS_GATE:
         u = tl.load(U + here + row, mask=ok, other=-float("inf"))
         share = tl.minimum(u[None, :] - tau[:, None], 1.0)
         score = tl.where(share > 0.0, score, float("-inf"))
+    return k, v, score, share
+
+
+@triton.jit
+def _visit_forward(
+    q, acc, top, total, K, V, Birth, Death, Bias, U, time, tau, begin, last, stride_kn, stride_vn, scale2,
+    KEYS: tl.constexpr, DIM: tl.constexpr, D: tl.constexpr, VDIM: tl.constexpr, DV: tl.constexpr,
+    MASKED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GATE: tl.constexpr, IEEE: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys for the tile of queries: their sum so far, its greatest score, its weights."""
+    _, v, score, share = _visit(
+        q, K, V, Birth, Death, Bias, U, time, tau, begin, last, stride_kn, stride_vn, scale2,
+        KEYS, DIM, D, VDIM, DV, MASKED, HAS_BIAS, HAS_GATE, IEEE,
+    )  # fmt: skip
     new_top = tl.maximum(top, tl.max(score, 1))
     finite_top = tl.where(new_top == float("-inf"), 0.0, new_top)
     weight = tl.exp2(score - finite_top[:, None])
@@ -161,22 +179,10 @@ def _visit_query_gradient(
     MASKED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GATE: tl.constexpr, IEEE: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys for the gradient of the tile of queries."""
-    here = tl.cast(begin, tl.int64)  # a plain number in the interpreter
-    row = tl.arange(0, KEYS)
-    ok = row < last - begin
-    k = _rows(K + here * stride_kn, row, stride_kn, ok, DIM, D, MASKED)
-    v = _rows(V + here * stride_vn, row, stride_vn, ok, VDIM, DV, MASKED)
-    score = _dot(q, tl.trans(k), IEEE) * scale2
-    if HAS_BIAS:
-        score += tl.load(Bias + here + row, mask=ok, other=0.0)[None, :] * LOG2E
-    if MASKED:
-        birth = tl.load(Birth + here + row, mask=ok, other=NEVER)
-        death = tl.load(Death + here + row, mask=ok, other=-NEVER)
-        score = _meet(score, birth[None, :], death[None, :], time[:, None])
-    if HAS_GATE:
-        u = tl.load(U + here + row, mask=ok, other=-float("inf"))
-        share = tl.minimum(u[None, :] - tau[:, None], 1.0)
-        score = tl.where(share > 0.0, score, float("-inf"))
+    k, v, score, share = _visit(
+        q, K, V, Birth, Death, Bias, U, time, tau, begin, last, stride_kn, stride_vn, scale2,
+        KEYS, DIM, D, VDIM, DV, MASKED, HAS_BIAS, HAS_GATE, IEEE,
+    )  # fmt: skip
     dscore = tl.exp2(score - lse2[:, None]) * (_dot(dout, tl.trans(v), IEEE) - delta[:, None])
     if HAS_GATE:
         dtau -= tl.sum(tl.where((share > 0.0) & (share < 1.0), dscore, 0.0), 1)

@@ -22,6 +22,7 @@ from attention.ops.attend_operands import Gradients, Operands, empty_heads_last,
 
 WIDEST = 256  # head
 FARTHEST = 2**23  # elements from row to row: inside a tile the kernels count in 32 bits
+REMEMBERED = 4  # plans of the same births: with other deaths, times, or contents
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOG2_E = math.log2(math.e)
 
@@ -163,11 +164,12 @@ class _Call:
             **_strides("dk", "bgn", dk),
             **_strides("dv", "bgn", dv),
         }
+        common = self._common(self.k, self.v, runs)
         self._launch(
             kernels.attend_key_gradient,
             items.shape[2] * math.prod(shape),
             config,
-            **self._common(self.k, self.v, runs),
+            **common,
             **rows,
             **targets,
             **_strides("i", "bg", items),
@@ -176,7 +178,7 @@ class _Call:
         )
         if work.partials:
             names = ("stride_lb", "stride_lg", "KEYS", "DIM", "D", "VDIM", "DV", "HAS_BIAS", "HAS_GATE")
-            common = self._common(self.k, self.v, runs) | self._sides(config)
+            common |= self._sides(config)
             kernels.attend_sum_segments[(tiles.shape[2] * math.prod(shape),)](
                 **targets, **{name: common[name] for name in names}, num_warps=16
             )
@@ -253,24 +255,30 @@ def find_plan(
 ) -> Plan:
     """The plan of these lifetimes: the one made before, while the very same tensors live unchanged."""
     given = (life.birth, life.death, life.generation, time)
-    key = (kv_heads, num_queries, num_keys, *map(_version, given))
+    tensors = [t for t in given if t is not None]
+    if any(t.is_inference() for t in tensors):  # nothing tells whether they changed
+        return _new_plan(life, time, kv_heads, num_queries, num_keys, device)
+    key = (kv_heads, num_queries, num_keys, *(-1 if t is None else t._version for t in given))
     known = _plans.setdefault(life.birth, [])
     for known_key, references, plan in known:
-        if known_key == key and all(r is t if t is None else r() is t for r, t in zip(references, given)):
+        if known_key == key and all(r() is t for r, t in zip(references, tensors, strict=True)):
             return plan
+    plan = _new_plan(life, time, kv_heads, num_queries, num_keys, device)
+    known.insert(0, (key, [weakref.ref(t) for t in tensors], plan))
+    del known[REMEMBERED:]
+    return plan
+
+
+def _new_plan(
+    life: Lifetimes, time: Tensor | None, kv_heads: int, num_queries: int, num_keys: int, device: torch.device
+) -> Plan:
     if time is None:
         time = torch.arange(num_queries, dtype=torch.int32, device=device)
-    plan = Plan(life, time, kv_heads=kv_heads, num_keys=num_keys)
-    known.append((key, [None if t is None else weakref.ref(t) for t in given], plan))
-    return plan
+    return Plan(life, time, kv_heads=kv_heads, num_keys=num_keys)
 
 
 # By the identity of the births, and for as long as they live.
 _plans: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
-def _version(t: Tensor | None) -> int:
-    return -1 if t is None or t.is_inference() else t._version
 
 
 def _padded(width: int) -> int:

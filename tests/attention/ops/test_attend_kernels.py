@@ -244,6 +244,15 @@ def test_lifetimes_may_change_in_place_between_calls():
     torch.testing.assert_close(attend(q, k, v, life, implementation="triton"), attend_reference(q, k, v, life))
 
 
+def test_lifetimes_of_inference_mode_may_change_too():
+    q, k, v = (t.detach() for t in operands())
+    with torch.inference_mode():
+        life = Lifetimes(*(t.to(DEVICE).clone() for t in (window(40, 9).birth, window(40, 9).death)))
+        attend(q, k, v, life, implementation="triton")
+        life.death.sub_(3)
+        torch.testing.assert_close(attend(q, k, v, life, implementation="triton"), attend_reference(q, k, v, life))
+
+
 def test_plans_are_made_once_and_die_with_their_lifetimes():
     q, k, v = (t.detach() for t in operands())
     before = len(attend_triton._plans)
