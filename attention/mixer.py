@@ -33,6 +33,7 @@ class Context:
     initial, residual: [B, T, d], of the new tokens only: the embedding output, and the residual stream before
         the norm.
     training: overrides the module's own training flag.
+    statistics: where mixers leave numbers worth watching (`report`); None: nobody watches.
     """
 
     positions: Tensor | None = None
@@ -40,12 +41,19 @@ class Context:
     initial: Tensor | None = None
     residual: Tensor | None = None
     training: bool | None = None
+    statistics: dict[Any, Any] | None = None
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)
     """Values that every layer of one forward pass would compute alike (clock, rotary table)."""
 
     def of_layer(self, residual: Tensor) -> Context:
         """The same context with the residual stream of one layer."""
         return dataclasses.replace(self, residual=residual)
+
+    def watching(self, part: Any) -> Context:
+        """The same context, in which one part (a layer, a mixer) has a place of its own for its statistics."""
+        if self.statistics is None:
+            return self
+        return dataclasses.replace(self, statistics=self.statistics.setdefault(part, {}))
 
 
 class MixerOutput(typing.NamedTuple):
@@ -214,6 +222,13 @@ def _range_problems(of: dataclasses.Field[Any], value: Any) -> list[str]:
     if below is not None and value >= below:
         return [f"{of.name} must be < {below}, got {value}"]
     return []
+
+
+def report(ctx: Context | None, numbers: Callable[[], dict[str, Tensor]]) -> None:
+    """Leave numbers worth watching, scalars by name, with whoever asked for them; computed only then."""
+    if ctx is not None and ctx.statistics is not None:
+        with torch.no_grad():
+            ctx.statistics.update(numbers())
 
 
 def residual_output(parameter: Tensor) -> Tensor:

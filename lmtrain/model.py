@@ -98,7 +98,9 @@ class Block(nn.Module):
 
     def mix(self, x_BTD: Tensor, ctx: Context, state: dict[str, Any] | None) -> MixerOutput:
         """The sum of the mixers' outputs, and of their losses by name."""
-        outputs = [mixer(x_BTD, ctx, None if state is None else state[n]) for n, mixer in self.items()]
+        outputs = [
+            mixer(x_BTD, ctx.watching(name), None if state is None else state[name]) for name, mixer in self.items()
+        ]
         losses: dict[str, Tensor] = {}
         for output in outputs:
             add_losses(losses, output.losses)
@@ -194,17 +196,21 @@ class DecoderLM(nn.Module):
         return total, count, losses
 
     def hidden(self, tokens: Tensor, ctx: Context | None = None, state: ModelState | None = None) -> MixerOutput:
-        """The normed residual stream [B, T, D] behind the last layer, and the mixers' auxiliary losses."""
+        """The normed residual stream [B, T, D] behind the last layer, and the mixers' auxiliary losses.
+
+        A dict in `ctx.statistics` gets the mixers' statistics: layer -> name in the pattern -> name -> scalar.
+        """
         x_BTD = self.dropout(self._embed(tokens, ctx, state))
         ctx = Context() if ctx is None else ctx
         if ctx.initial is None:
             ctx = dataclasses.replace(ctx, initial=F.rms_norm(x_BTD, x_BTD.shape[-1:]))
         losses: dict[str, Tensor] = {}
         for layer, block in enumerate(self.layers):
+            watched = ctx.watching(layer)
             if self.activation_checkpointing and torch.is_grad_enabled() and state is None:
-                x_BTD, added = checkpoint(block, x_BTD, ctx, use_reentrant=False)
+                x_BTD, added = checkpoint(block, x_BTD, watched, use_reentrant=False)
             else:
-                x_BTD, added = block(x_BTD, ctx, None if state is None else state.layers[layer])
+                x_BTD, added = block(x_BTD, watched, None if state is None else state.layers[layer])
             add_losses(losses, added)
         return MixerOutput(self.norm(x_BTD), losses)
 
