@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.order import SampleOrder
+from data.order import SampleOrder, StreamOrder
 from data.prefetch import prefetch
 from data.shards import TokenDataset
 
@@ -25,6 +25,7 @@ class Batch:
     labels: the next token, or -100 where it is unscored.
     positions, document_ends: None if documents are concatenated, else see `Loader`.
     first_sample: global index of row 0; the rows are consecutive samples.
+    begins: the rows do not go on from those of the step before; always so without `stream`.
     crc: sum modulo 2^32, over the rows, of the crc32 of a row's T + 1 token ids as little-endian uint32.
         Summed over the micro-batches and ranks of a step, it tells which data the step read, on any world.
     """
@@ -34,11 +35,12 @@ class Batch:
     positions: Tensor | None
     document_ends: Tensor | None
     first_sample: int
+    begins: bool
     crc: int
 
 
 class Loader:
-    """Training batches of one data rank, in the order that `SampleOrder` fixes.
+    """Training batches of one data rank, in the order that `SampleOrder` fixes, or for streams `StreamOrder`.
 
     A step reads G = `batch_sequences` consecutive samples, all ranks together: with W = `world` and
     u = `micro_batch`, row j of micro-batch m of rank r is its sample mWu + ru + j; neither changes the set.
@@ -49,6 +51,8 @@ class Loader:
             earlier, so that a row depends on nothing outside it. `document_ends` is the index in the row one
             past the document's last token, more than T if it goes on after the row. A document's last token
             is unscored: its target belongs to another document.
+    stream: each row goes on where it stopped one step before. Then positions of a document that began earlier count
+        from there, or from the beginning of the row's lane.
     """
 
     def __init__(
@@ -60,6 +64,7 @@ class Loader:
         micro_batch: int,
         seed: int,
         documents: str = "concatenate",
+        stream: bool = False,
         rank: int = 0,
         world: int = 1,
     ) -> None:
@@ -72,7 +77,10 @@ class Loader:
             )
         assert 0 <= rank < world, (rank, world)
         self.dataset = dataset
-        self.order = SampleOrder(len(dataset.tokens), seq_len, seed)
+        number = len(dataset.tokens)
+        self.order: SampleOrder | StreamOrder = (
+            StreamOrder(number, seq_len, batch_sequences) if stream else SampleOrder(number, seq_len, seed)
+        )
         self.seq_len = seq_len
         self.batch_sequences = batch_sequences
         self.micro_batch = micro_batch
@@ -95,13 +103,16 @@ class Loader:
         return [self._batch(first + offset) for offset in range(0, self.batch_sequences, stride)]
 
     def _batch(self, first_sample: int) -> Batch:
-        starts = self.order.starts(np.arange(first_sample, first_sample + self.micro_batch))
+        samples = np.arange(first_sample, first_sample + self.micro_batch)
+        starts = self.order.starts(samples)
         tokens = np.asarray(self.dataset.tokens)
         rows = np.stack([tokens[start : start + self.seq_len + 1] for start in starts]).astype(np.int64)
         labels = rows[:, 1:].copy()
         positions = ends = None
         if self.documents == "reset":
-            positions, ends = document_bounds(self.dataset.document_starts, starts, self.seq_len)
+            positions, ends = document_bounds(
+                self.dataset.document_starts, starts, self.seq_len, self.order.since(samples)
+            )
             labels[np.arange(1, self.seq_len + 1) >= ends] = UNSCORED
         crc = sum(zlib.crc32(row) for row in rows.astype("<u4")) % 2**32
         return Batch(
@@ -110,17 +121,22 @@ class Loader:
             None if positions is None else torch.from_numpy(positions),
             None if ends is None else torch.from_numpy(ends),
             first_sample,
+            self.order.begins(first_sample),
             crc,
         )
 
 
-def document_bounds(document_starts: np.ndarray, row_starts: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+def document_bounds(
+    document_starts: np.ndarray, row_starts: np.ndarray, seq_len: int, since: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """(positions, document_ends) int64 [b, T] of rows of `seq_len` tokens, as `Loader` defines them.
 
-    document_starts int64 [D + 1], the last one the end of the stream; row_starts int64 [b].
+    document_starts int64 [D + 1], the last one the end of the stream; row_starts int64 [b]; since int64 [b]: the first
+    token that the row, or its state, has read; default: those of the row.
     """
+    since = (row_starts if since is None else since)[:, None]
     row_starts = row_starts[:, None]
     stream = row_starts + np.arange(seq_len)
     document = np.searchsorted(document_starts, stream, side="right") - 1
-    positions = stream - np.maximum(document_starts[document], row_starts)
+    positions = stream - np.maximum(document_starts[document], since)
     return positions, document_starts[document + 1] - row_starts

@@ -50,6 +50,54 @@ class SampleOrder:
             starts += mix(keys) % np.uint64(self.seq_len)
         return starts.astype(np.int64)
 
+    def since(self, samples: np.ndarray) -> np.ndarray:
+        """Index of the first token that a reader of each sample knows: the sample's own."""
+        return self.starts(samples)
+
+    def begins(self, sample: int) -> bool:
+        """Whether the rows of a step that reads this sample begin anew: always."""
+        return True
+
+
+@dataclass(frozen=True)
+class StreamOrder:
+    """Where each sample begins if the rows of a batch are continuous streams, for state carried across segments.
+
+    The N tokens are cut into `rows` lanes of L = N div rows. Row g of step b, sample b rows + g, reads segment b mod n
+    of lane g, the tokens from gL + (b mod n) T on, with n = (L - 1) div T. So a row goes on where it stopped one step
+    before, until all lanes are read: then they begin again. ValueError if a lane is shorter than a segment.
+    """
+
+    num_tokens: int
+    seq_len: int
+    rows: int
+
+    def __post_init__(self) -> None:
+        if self.segments < 1:
+            raise ValueError(
+                f"data.stream: the {self.rows} rows of a step read a lane of {self.num_tokens // self.rows} tokens "
+                f"each, and a segment of data.seq_len {self.seq_len} with the target of its last token takes "
+                f"{self.seq_len + 1}: fewer rows (train.batch_tokens), a shorter data.seq_len or more text"
+            )
+
+    @property
+    def segments(self) -> int:
+        """Segments of a lane."""
+        return (self.num_tokens // self.rows - 1) // self.seq_len
+
+    def starts(self, samples: np.ndarray) -> np.ndarray:
+        """Index of the first token of each sample: global sample indices [S] -> int64 [S]."""
+        step = np.asarray(samples, dtype=np.int64) // self.rows
+        return self.since(samples) + step % self.segments * self.seq_len
+
+    def since(self, samples: np.ndarray) -> np.ndarray:
+        """Index of the first token that a reader of each sample knows: that of its lane."""
+        return np.asarray(samples, dtype=np.int64) % self.rows * (self.num_tokens // self.rows)
+
+    def begins(self, sample: int) -> bool:
+        """Whether the rows of a step that reads this sample begin anew: at the beginning of the lanes."""
+        return sample // self.rows % self.segments == 0
+
 
 def permute(values: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
     """Image of each value [S] under the permutation of range(size) that its key [S] selects; all uint64."""

@@ -217,7 +217,7 @@ def _eval(arguments: argparse.Namespace) -> int:
     dataset = read_split(config, restored.tokenizer, arguments.on, arguments.path)
     how: dict[str, Any] = {"documents": config.data.documents, "autocast": restored.autocast}
     if arguments.carry:
-        result = evaluate_carried(restored.model, dataset, seq_len=config.data.seq_len, **how)
+        result = evaluate_carried(restored.model, dataset, seq_len=config.data.seq_len, carry=config.carry, **how)
     else:
         context = arguments.context or config.eval_context
         stride = arguments.stride or (config.eval.stride if arguments.context is None else None) or context

@@ -185,13 +185,13 @@ class DecoderLM(nn.Module):
         return F.linear(hidden_BTD, self.head_weight)
 
     def loss(
-        self, tokens: Tensor, labels: Tensor, ctx: Context | None = None
+        self, tokens: Tensor, labels: Tensor, ctx: Context | None = None, state: ModelState | None = None
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Sum of -ln p (nats) over the labels [B, T] that are not -100, their number, and auxiliary losses.
 
-        The logits of the whole sequence never exist at once.
+        The logits of the whole sequence never exist at once. With a `state` the tokens go on from those it has seen.
         """
-        hidden_BTD, losses = self.hidden(tokens, ctx)
+        hidden_BTD, losses = self.hidden(tokens, ctx, state)
         total, count = linear_cross_entropy(hidden_BTD.flatten(0, 1), self.head_weight, labels.flatten())
         return total, count, losses
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from data.corpus import DEFAULT_VALIDATION, load_corpus
+from data.order import StreamOrder
 from data.shards import TokenDataset, prepare
 from data.tokenizer import Tokenizer, build_tokenizer
 from lmtrain import checkpoint
@@ -115,6 +116,11 @@ def check_data(config: Config) -> list[Problem]:
                     "give more text or a shorter data.seq_len",
                 )
             )
+    if config.data.stream:
+        try:
+            StreamOrder(len(data.train.tokens), config.data.seq_len, config.batch_sequences)
+        except ValueError as error:
+            found.append(_problem(error, "data.stream"))
     vocabulary = config.model.vocab_size
     if vocabulary is not None and vocabulary < data.tokenizer.vocab_size:
         found.append(

@@ -22,7 +22,7 @@ from lmtrain import checkpoint, fault
 from lmtrain import config as configuration
 from lmtrain.board import Board
 from lmtrain.config import Config
-from lmtrain.evaluate import Evaluation, EvaluationStopped, evaluate
+from lmtrain.evaluate import Evaluation, EvaluationStopped, evaluate, evaluate_carried
 from lmtrain.hardware import peak_flops, peak_memory
 from lmtrain.progress import Pace, Progress, step_line
 from lmtrain.run import RunDirectory
@@ -38,6 +38,7 @@ from lmtrain.setup import (
     with_vocabulary,
 )
 from lmtrain.signals import StopRequest
+from lmtrain.streams import Streams
 from parallel.engine import StepInfo
 
 DONE, GAVE_UP, STOPPED = 0, 4, 75
@@ -76,6 +77,7 @@ class Training:
         self.model = build_model(config, self.device)
         self.engine = build_engine(config, self.model, self.device)
         self.loader = make_loader(config, self.data.train)
+        self.streams = Streams(self.model, config.micro_batch(), config.carry) if config.data.stream else None
         self.step = self.samples = self.tokens = self.skipped = self.skips_in_a_row = 0
         self.saved_step = -1
         self.parent: str | None = None
@@ -121,7 +123,8 @@ class Training:
                     positions=_to(batch.positions, self.device), document_ends=_to(batch.document_ends, self.device)
                 )
                 seed = _seed(self.config.run.seed, self.step, micro)
-                self.engine.backward(self.engine.forward_loss(batch.tokens, batch.labels, ctx, scored, seed))
+                state = None if self.streams is None else self.streams.at(micro, batch.begins)
+                self.engine.backward(self.engine.forward_loss(batch.tokens, batch.labels, ctx, scored, seed, state))
             fault.before_update(self.step + 1, self.model.parameters())
             info = self.engine.step(learning_rate(self.step, self.config.train.steps, self.config.optimizer))
         self.step += 1
@@ -130,6 +133,8 @@ class Training:
         self.skips_in_a_row = self.skips_in_a_row + 1 if info.skipped else 0
         self.skipped += info.skipped
         if info.skipped:
+            if self.streams is not None:
+                self.streams.drop()
             self.run.event("skip", step=self.step, loss=info.loss, grad_norm=info.grad_norm)
         self._log(info, sum(batch.crc for batch in batches) % 2**32)
         return info
@@ -178,16 +183,7 @@ class Training:
 
     def _evaluate(self) -> Evaluation:
         """Score the beginning of the validation split; the row and the board get the numbers."""
-        result = evaluate(
-            self.model,
-            self.data.validation,
-            context=self.config.eval_context,
-            stride=self.config.eval_stride,
-            max_tokens=self.config.eval.tokens,
-            documents=self.config.data.documents,
-            autocast=self.engine.autocast,
-            should_stop=lambda: bool(self.stop),
-        )
+        result = self._scored()
         protocol = result.protocol
         row = {"step": self.step, "tokens": self.tokens, "split": protocol.split, "loss": result.loss}
         row |= {"bits_per_byte": result.bits_per_byte, "scored_tokens": result.scored_tokens}
@@ -196,12 +192,28 @@ class Training:
         self._scalars(
             {f"eval/{protocol.corpus}/loss": result.loss, f"eval/{protocol.corpus}/bpb": result.bits_per_byte}
         )
+        windows = f"context {protocol.context}, stride {protocol.stride}"
+        reach = windows if protocol.carry is None else f"carry {protocol.carry}"
         self.progress.note(
             f"step {self.step}: validation loss {result.loss:.4f}, {result.bits_per_byte:.4f} bits per byte "
-            f"({result.scored_tokens:,} tokens of {protocol.corpus}, {protocol.scoring}, context {protocol.context}, "
-            f"stride {protocol.stride})"
+            f"({result.scored_tokens:,} tokens of {protocol.corpus}, {protocol.scoring}, {reach})"
         )
         return result
+
+    def _scored(self) -> Evaluation:
+        """As the model is trained: what trains on streams is scored with its state carried, unless windows are asked
+        for."""
+        config = self.config
+        how: dict[str, Any] = {
+            "max_tokens": config.eval.tokens,
+            "documents": config.data.documents,
+            "autocast": self.engine.autocast,
+            "should_stop": lambda: bool(self.stop),
+        }
+        text = self.data.validation
+        if config.data.stream and config.eval.context is None:
+            return evaluate_carried(self.model, text, seq_len=config.data.seq_len, carry=config.carry, **how)
+        return evaluate(self.model, text, context=config.eval_context, stride=config.eval_stride, **how)
 
     def _save(self) -> bool:
         """Write a checkpoint; if the disk refuses, say so and go on: the next one is tried at its time."""
@@ -216,11 +228,15 @@ class Training:
             "tokenizer": self.data.tokenizer.to_json(),
             "parent": self.parent,
         }
+        tensors = self.engine.state()
+        if self.streams is not None:
+            state["streams"], tensors["streams"] = self.streams.snapshot()
+            state["rows"] = self.config.batch_sequences
         try:
             path = checkpoint.save(
                 self.run.checkpoints,
                 self.step,
-                self.engine.state(),
+                tensors,
                 state,
                 config=configuration.fingerprint(self.config, FREE_TO_CHANGE),
                 dataset=self.data.train.fingerprint,
@@ -282,6 +298,7 @@ class Training:
             raise ValueError(f"checkpoint {loaded.path} belongs to other data: {'; '.join(changed)}")
         try:
             self.engine.load_state(loaded.tensors)
+            self._load_streams(loaded)
         except ValueError as error:
             raise ValueError(f"checkpoint {loaded.path}: {error}") from None
         self.step, self.samples, self.tokens = state["step"], state["samples"], state["tokens"]
@@ -290,6 +307,16 @@ class Training:
         cut = self.run.truncate_metrics(self.step)
         if cut:
             self.run.event("cut rows", beyond=self.step, rows=cut)
+
+    def _load_streams(self, loaded: checkpoint.Checkpoint) -> None:
+        """What the rows of a stream had read; they begin anew if the run went on from one without streams."""
+        if self.streams is not None and "streams" in loaded.state:
+            if (rows := loaded.state["rows"]) != self.config.batch_sequences:
+                raise ValueError(
+                    f"checkpoint {loaded.path} has {rows} streams; train.batch_tokens / data.seq_len makes "
+                    f"{self.config.batch_sequences} of them"
+                )
+            self.streams.load(loaded.state["streams"], loaded.tensors["streams"])
 
     def _introduce(self, start: str) -> None:
         model, config = self.config.model, self.config
@@ -372,6 +399,7 @@ def make_loader(config: Config, dataset: TokenDataset) -> Loader:
         micro_batch=config.micro_batch(),
         seed=config.run.seed,
         documents=config.data.documents,
+        stream=config.data.stream,
     )
 
 

@@ -1,6 +1,6 @@
 """The engine: how one optimizer step is computed. The trainer above it never touches gradients.
 
-An engine works on any model with `loss(tokens, labels, ctx) -> (sum of nats, count, auxiliary losses)` and
+An engine works on any model with `loss(tokens, labels, ctx, state) -> (sum of nats, count, auxiliary losses)` and
 `after_step(skipped)`, and any optimizer with `step(lr)`, `zero_grad()`, `state()` and `load_state(...)`.
 """
 
@@ -36,7 +36,9 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 class Model(Protocol):
     """What an engine needs of a model, besides being a module."""
 
-    def loss(self, tokens: Tensor, labels: Tensor, ctx: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]: ...
+    def loss(
+        self, tokens: Tensor, labels: Tensor, ctx: Any, state: Any
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]: ...
     def after_step(self, skipped: bool = False) -> None: ...
 
 
@@ -52,7 +54,9 @@ class Optimizer(Protocol):
 class Engine(Protocol):
     """How a step is computed, whatever the number of processes."""
 
-    def forward_loss(self, tokens: Tensor, labels: Tensor, ctx: Any, step_tokens: int, seed: int) -> Tensor: ...
+    def forward_loss(
+        self, tokens: Tensor, labels: Tensor, ctx: Any, step_tokens: int, seed: int, state: Any = None
+    ) -> Tensor: ...
     def backward(self, loss: Tensor) -> None: ...
     def step(self, lr: float) -> StepInfo: ...
     def state(self) -> dict[str, dict[str, Tensor]]: ...
@@ -125,15 +129,18 @@ class TorchEngine:
         """The precision of forward passes, for training and evaluation alike."""
         return autocast(self.device, self.dtype)
 
-    def forward_loss(self, tokens: Tensor, labels: Tensor, ctx: Any, step_tokens: int, seed: int) -> Tensor:
+    def forward_loss(
+        self, tokens: Tensor, labels: Tensor, ctx: Any, step_tokens: int, seed: int, state: Any = None
+    ) -> Tensor:
         """This micro-batch's share of the step's loss: sum of nats / `step_tokens` + auxiliary losses.
 
         tokens, labels: int64 [b, T]; step_tokens: scored labels of the whole step, over all micro-batches and
-        ranks. Auxiliary losses are weighted by the micro-batch's share of them. `seed` is that of dropout.
+        ranks. Auxiliary losses are weighted by the micro-batch's share of them. `seed` is that of dropout;
+        `state`, of the model, is what the rows have read before, and goes on with them.
         """
         self._generator.manual_seed(seed)
         with self.autocast():
-            total, count, auxiliary = self._loss(tokens.to(self.device), labels.to(self.device), ctx)
+            total, count, auxiliary = self._loss(tokens.to(self.device), labels.to(self.device), ctx, state)
         loss = total / max(step_tokens, 1)
         self._loss_sum += loss.detach()
         if auxiliary:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
+
+import torch
 
 from attention.divisors import nearest_divisors
-from attention.mixer import MIXERS, nearest
+from attention.mixer import MIXERS, build, nearest
 from lmtrain.config.problems import Problem
 from lmtrain.config.schema import BYTE_VOCABULARY, Config
 
@@ -119,6 +122,17 @@ def _positions_reach(config: Config, ranks: int) -> str | None:
     return f"the position table is shorter than {' and '.join(longer)}" if longer else None
 
 
+@rule("data.stream", "model.learned_positions", "train.activation_checkpointing", "train.compile")
+def _streams_go_on(config: Config, ranks: int) -> str | None:
+    if not config.data.stream:
+        return None
+    if config.model.learned_positions is not None:
+        return "a stream runs out of the table of model.learned_positions; use rotary positions"
+    if config.train.activation_checkpointing:
+        return "carries states, which train.activation_checkpointing would read twice; use a smaller train.micro_batch"
+    return "carries states, which train.compile does not know" if config.train.compile else None
+
+
 @rule("model.vocab_size", "data.tokenizer")
 def _vocabulary_holds_bytes(config: Config, ranks: int) -> str | None:
     size = config.model.vocab_size
@@ -179,9 +193,18 @@ def _is_faulty(key: str, faulty: set[str]) -> bool:
 
 def _mixer_problems(config: Config, name: str) -> Iterator[Problem]:
     settings = dict(config.model.mixers[name])
-    kind = MIXERS[settings.pop("kind")]
-    for setting, message in kind.Config(**settings).problems(config.model.dim):
+    kind = settings.pop("kind")
+    problems = MIXERS[kind].Config(**settings).problems(config.model.dim)
+    for setting, message in problems:
         yield Problem("", f"model.mixers.{name}.{setting}", message)
+    if config.data.stream and not problems and _selects_ahead(kind, config.model.dim, settings):
+        message = f"model.mixers.{name} selects ahead within each segment, so it carries nothing to the next"
+        yield Problem("", "data.stream", message)
+
+
+def _selects_ahead(kind: str, dim: int, settings: dict[str, Any]) -> bool:
+    with torch.device("meta"):
+        return build(kind, dim, **settings).causality != "strict"
 
 
 def _listing(defined: list[str]) -> str:

@@ -56,6 +56,14 @@ class DataConfig:
     documents: Literal["concatenate", "reset"] = setting(
         "concatenate", "`reset`: documents packed into one sequence do not see each other"
     )
+    stream: bool = setting(
+        False,
+        "each row of a batch is one continuous text, read in segments of seq_len tokens; what the mixers remember is "
+        "carried along",
+    )
+    carry: int | None = setting(
+        None, "carried along, no key lives for more tokens than that; null = 4 x seq_len", at_least=1
+    )
     cache: str | None = setting(None, "folder of prepared tokens; null = `$LMTRAIN_CACHE`, or ~/.cache/lmtrain")
 
 
@@ -197,6 +205,11 @@ class Config:
         if self.train.micro_batch is not None:
             return self.train.micro_batch
         return largest_divisor(self.batch_sequences // ranks, max(1, MICRO_BATCH_TOKENS // self.data.seq_len))
+
+    @property
+    def carry(self) -> int:
+        """data.carry, filled in."""
+        return self.data.carry or 4 * self.data.seq_len
 
     @property
     def eval_context(self) -> int:

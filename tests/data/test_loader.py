@@ -182,3 +182,21 @@ def test_the_shortest_text_gives_its_one_window_for_ever(byte_dataset: Dataset) 
     for (batch,) in islice(source.batches(0), 3):
         assert [bytes(row.tolist()) for row in batch.tokens] == [b"exactly 17 bytes"] * 2
         assert batch.labels[:, -1].tolist() == [ord(".")] * 2
+
+
+def test_rows_of_a_stream_read_on_and_know_their_documents(byte_dataset: Dataset) -> None:
+    """Two lanes of 12 bytes over documents of 7, 10 and 7: positions go on from what a row has read."""
+    text = b"abcdefg", b"hijklmnopq", b"rstuvwx"
+    source = loader(byte_dataset(*text), seq_len=5, batch_sequences=2, micro_batch=2, documents="reset", stream=True)
+    (first,), (second,), (again,) = source.step(0), source.step(2), source.step(4)
+    assert [first.begins, second.begins, again.begins] == [True, False, True]
+    assert [bytes(row) for row in first.tokens.tolist()] == [b"abcde", b"mnopq"]
+    assert [bytes(row) for row in second.tokens.tolist()] == [b"fghij", b"rstuv"]
+    assert first.positions.tolist() == [
+        [0, 1, 2, 3, 4],
+        [0, 1, 2, 3, 4],
+    ]  # m is not the document's first, but the row's
+    assert second.positions.tolist() == [[5, 6, 0, 1, 2], [0, 1, 2, 3, 4]]
+    assert second.document_ends.tolist() == [[2, 2, 12, 12, 12], [7, 7, 7, 7, 7]]
+    assert second.labels[0].tolist() == [ord("g"), UNSCORED, ord("i"), ord("j"), ord("k")]
+    assert first.labels[1].tolist() == [*b"nopq", UNSCORED]

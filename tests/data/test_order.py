@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.order import SampleOrder, permute
+from data.order import SampleOrder, StreamOrder, permute
 
 TWO_64 = 2**64
 GOLDEN = 0x9E3779B97F4A7C15
@@ -179,3 +179,27 @@ def test_text_shorter_than_a_window_is_refused_with_the_numbers() -> None:
         SampleOrder(8, 8, seed=0)
     with pytest.raises(ValueError, match=r"data\.seq_len: must be at least 1, not 0"):
         SampleOrder(8, 0, seed=0)
+
+
+@given(st.integers(1, 400), st.integers(1, 20), st.integers(1, 7))
+def test_rows_of_a_stream_go_on_where_they_stopped(num_tokens: int, seq_len: int, rows: int) -> None:
+    lane = num_tokens // rows
+    if lane < seq_len + 1:
+        with pytest.raises(ValueError, match=r"data\.stream"):
+            StreamOrder(num_tokens, seq_len, rows)
+        return
+    order = StreamOrder(num_tokens, seq_len, rows)
+    for step in range(2 * order.segments):
+        samples = np.arange(step * rows, (step + 1) * rows)
+        starts, since = order.starts(samples), order.since(samples)
+        assert since.tolist() == [lane * row for row in range(rows)]
+        if step % order.segments == 0:
+            assert order.begins(step * rows)
+            assert starts.tolist() == since.tolist()
+        else:
+            assert not order.begins(step * rows)
+            assert (starts == order.starts(samples - rows) + seq_len).all()
+        assert (starts + seq_len < num_tokens).all(), "the last target is a token of the text"
+        assert (starts + seq_len <= since + lane).all()
+    unread = lane - order.segments * seq_len
+    assert 1 <= unread <= seq_len, "a lane is read as far as whole segments and their targets go"

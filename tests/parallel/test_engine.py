@@ -21,7 +21,9 @@ class Bigram(nn.Module):
         self.auxiliary = auxiliary
         self.skips: list[bool] = []
 
-    def loss(self, tokens: Tensor, labels: Tensor, ctx: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def loss(
+        self, tokens: Tensor, labels: Tensor, ctx: Any, state: Any = None
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         total = F.cross_entropy(self.table[tokens].flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
         losses = {"size": 0.1 * self.table.square().mean()} if self.auxiliary else {}
         return total, (labels >= 0).sum(), losses
