@@ -321,8 +321,8 @@ class Training:
         )
         if self.model.causality != "strict":
             self.progress.note(
-                "this model sees ahead: what it selects depends on later tokens, so its training loss is too low and no "
-                "code length; evaluations score prefix by prefix: quote and compare those"
+                "this model sees ahead: what it selects depends on later tokens, so its training loss is too low "
+                "and no code length; evaluations score prefix by prefix: quote and compare those"
             )
 
     def _already_done(self) -> int:

@@ -150,7 +150,7 @@ def test_routing_by_loops(selection: str) -> None:
     assert (loads == 0).any()
     if selection == "strict":
         binds = [taken[: t + 1].count(cluster) > 2 for _, taken in mine for t, cluster in enumerate(taken)]
-        assert 0 < sum(binds)
+        assert sum(binds) > 0
         expected["window_binds"] = close(sum(binds) / len(binds))
     else:
         unserved = 0
@@ -159,7 +159,7 @@ def test_routing_by_loops(selection: str) -> None:
                 nearness = c[b, h] @ mixer.centroids.means[h].T
                 served = {t for j in range(7) for t in sorted(range(12), key=lambda t: -float(nearness[t, j]))[:2]}
                 unserved += 12 - len(served)
-        assert 0 < unserved
+        assert unserved > 0
         expected["unserved"] = close(unserved / 48)
     assert said(mixer, x) == expected
 
