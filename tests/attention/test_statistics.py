@@ -62,9 +62,9 @@ def active(mixer: Any, x: Tensor) -> list[list[list[int]]]:
 
 
 @pytest.mark.parametrize("selection", ["strict", "paper"])
-@pytest.mark.parametrize("include_first", [True, False])
-def test_mosa_by_loops(selection: str, include_first: bool) -> None:
-    mixer, x = ready("mosa", selection=selection, include_first=include_first, **SMALL), tokens(40)
+@pytest.mark.parametrize(("include_first", "keep"), [(True, 5), (True, 2), (False, 5), (False, 1), (False, 60)])
+def test_mosa_by_loops(selection: str, include_first: bool, keep: int) -> None:
+    mixer, x = ready("mosa", selection=selection, include_first=include_first, **SMALL | {"keep": keep}), tokens(40)
     mine = active(mixer, x)
     counts = torch.tensor([[len(head) for head in row] for row in mine]) / 40
     gates = [
@@ -72,10 +72,10 @@ def test_mosa_by_loops(selection: str, include_first: bool) -> None:
     ]
     flat = [gate for head in gates for gate in head]
     bits = [-g * math.log2(g) - (1 - g) * math.log2(1 - g) for g in flat]
-    u = 5 - include_first
+    u = keep - include_first
     expected = include_first + sum(min(1, u / j) for j in range(1, 41 - include_first))
     if selection == "paper":
-        expected = 5
+        expected = min(keep, 40)
     assert said(mixer, x) == {
         "active_share": close(float(counts.mean())),
         "busiest_head": close(float(counts.mean(0).max())),
