@@ -34,6 +34,8 @@ class Context:
         the norm.
     training: overrides the module's own training flag.
     statistics: where mixers leave numbers worth watching (`report`); None: nobody watches.
+    debug: raise where a number that is not finite arises (`attention.debug.check_finite`).
+    place: where in the model this is: the layer, and the mixer's name in the pattern.
     """
 
     positions: Tensor | None = None
@@ -42,6 +44,8 @@ class Context:
     residual: Tensor | None = None
     training: bool | None = None
     statistics: dict[Any, Any] | None = None
+    debug: bool = False
+    place: tuple[Any, ...] = ()
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)
     """Values that every layer of one forward pass would compute alike (clock, rotary table)."""
 
@@ -50,10 +54,11 @@ class Context:
         return dataclasses.replace(self, residual=residual)
 
     def watching(self, part: Any) -> Context:
-        """The same context, in which one part (a layer, a mixer) has a place of its own for its statistics."""
-        if self.statistics is None:
+        """The same context inside one part (a layer, a mixer), which has a place of its own for its statistics."""
+        if self.statistics is None and not self.debug:
             return self
-        return dataclasses.replace(self, statistics=self.statistics.setdefault(part, {}))
+        statistics = None if self.statistics is None else self.statistics.setdefault(part, {})
+        return dataclasses.replace(self, statistics=statistics, place=(*self.place, part))
 
 
 class MixerOutput(typing.NamedTuple):

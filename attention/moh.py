@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from attention.cache import LivingKeys
 from attention.clock import Clock, read_clock
+from attention.debug import check_finite
 from attention.lifetimes import FOREVER, Lifetimes
 from attention.mixer import (
     Context,
@@ -28,6 +29,7 @@ from attention.mixer import (
     floating,
     no_weight_decay,
     register,
+    report,
     setting,
     wide_linear,
 )
@@ -36,6 +38,7 @@ from attention.ops.attend_plan import FEW_QUERIES
 from attention.ops.chosen import Chosen, gather_project, scatter_project
 from attention.ops.rotary import apply_rotary
 from attention.softmax import AttentionConfig, SoftmaxAttention
+from attention.statistics import entropy, share
 
 ROUTER_STD = 0.02
 
@@ -101,6 +104,8 @@ class MoH(SoftmaxAttention):
         """y [B, T, d] from x [B, T, d]; in training also the loss `balance`. See `Mixer.forward`."""
         clock = read_clock(x, ctx, None if state is None else state.stream)
         routes = self._route(x)
+        check_finite(ctx, "gates of the router", routes.gates)
+        report(ctx, lambda: self._statistics(routes))
         w_q, w_kv = self.qkv.weight.split([self.heads * self.head_dim, 2 * self.kv_heads * self.head_dim])
         k, v = map(self._heads, F.linear(x, w_kv).chunk(2, -1))
         if self.config.rotary:
@@ -118,10 +123,11 @@ class MoH(SoftmaxAttention):
         return MixerOutput(y, {"balance": self.config.balance * spread})
 
     def _route(self, x: Tensor) -> _Routes:
-        p, s, a = (z.softmax(-1) for z in wide_linear(x, self.router.weight).split(self.logits, -1))
+        p, s, kinds = (z.softmax(-1) for z in wide_linear(x, self.router.weight).split(self.logits, -1))
         chosen = p.argsort(dim=-1, descending=True, stable=True)[..., : self.active]
         serves = torch.zeros(*x.shape[:2], self.routed, dtype=torch.bool, device=x.device).scatter_(-1, chosen, True)
         routed = p.masked_fill(~serves, 0.0) if self.active else s.new_zeros(serves.shape)
+        a = kinds
         if self.config.rescale:
             s, a = self.shared_heads * s, 2 * a
             if self.active:
@@ -130,7 +136,20 @@ class MoH(SoftmaxAttention):
             s, routed = a[..., :1] * s, a[..., 1:] * routed
         always = torch.ones_like(s, dtype=torch.bool)
         gates, serves = (torch.cat(t, -1).transpose(1, 2) for t in ((s, routed), (always, serves)))
-        return _Routes(gates, serves, p)
+        return _Routes(gates, serves, p, kinds)
+
+    def _statistics(self, routes: _Routes) -> dict[str, Tensor]:
+        """See docs/watching.md; of the routed heads, if tokens choose among them, and of the choice between kinds."""
+        found = {}
+        if self.active:
+            load = routes.serves[:, self.shared_heads :].float().mean((0, 2))  # [E]: shares of the tokens; sum K
+            found["load_entropy"] = entropy(load / self.active)
+            found["least_loaded"], found["most_loaded"] = (load * self.routed / self.active).aminmax()
+            found["dead_heads"] = share(load == 0)
+            found["router_entropy"] = entropy(routes.probabilities).mean()
+        if self.active and self.shared_heads:
+            found["shared_branch"] = routes.kinds[..., 0].mean()
+        return found
 
     def _mix(self, x: Tensor, w_q: Tensor, routes: _Routes, keys: _Keys, few: bool) -> Tensor:
         """y [B, T, d]: the first heads for all queries, the others for the queries that chose them; a head more costs
@@ -182,11 +201,13 @@ class MoH(SoftmaxAttention):
 
 
 class _Routes(NamedTuple):
-    """gates [B, H, T], 0 where a head does not serve a token; serves [B, H, T] bool; probabilities p [B, T, E]."""
+    """gates [B, H, T], 0 where a head does not serve a token; serves [B, H, T] bool; probabilities p [B, T, E] of the
+    routed heads, kinds a [B, T, 2] (or 0: there is one kind only)."""
 
     gates: Tensor
     serves: Tensor
     probabilities: Tensor
+    kinds: Tensor
 
 
 class _Keys(NamedTuple):

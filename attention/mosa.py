@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention.clock import Clock, Stream, read_clock
+from attention.debug import check_finite
 from attention.lifetimes import FOREVER, Lifetimes
 from attention.mixer import (
     Context,
@@ -29,6 +30,7 @@ from attention.mixer import (
     no_weight_decay,
     parameter_count,
     register,
+    report,
     residual_output,
     setting,
 )
@@ -36,9 +38,13 @@ from attention.ops.attend import attend
 from attention.ops.project import gather_project, scatter_project
 from attention.ops.rotary import apply_rotary, rotary_table
 from attention.ops.select import listed, streaming_top_k
+from attention.statistics import binary_entropy, share
 
 EDGES = {False: (8, 64), True: (2, 8, 32)}
 """Lifespans that part the generations of keys, in units of `keep`: of short lists, and of those from 512 on."""
+
+DEAD_GATE = 0.01
+"""A head whose gates are smaller than this on average adds next to nothing."""
 
 
 @dataclass
@@ -109,10 +115,12 @@ class Mosa(Mixer):
         """y [B, T, d] from x [B, T, d]; see `Mixer.forward`."""
         clock = read_clock(x, ctx, None if state is None else state.stream)
         score = self.scores(x)
+        check_finite(ctx, "router scores", score)
         death = self.deaths(score, clock) if state is None else state.compete(score, clock)
         index, life = self.chosen(death, clock)
         place = index.clamp(min=0)
         score, time = score.gather(-1, place), life.birth
+        report(ctx, lambda: self._statistics(index, score.sigmoid(), clock))
 
         q, k, v = gather_project(x, index, self.qkv).chunk(3, -1)
         q, k = self._rotate(q, k, clock, place)
@@ -152,6 +160,23 @@ class Mosa(Mixer):
         table = rotary_table(position, rotated, self.config.rotary)
         return apply_rotary(q, table), apply_rotary(k, table)
 
+    def _statistics(self, index: Tensor, gate: Tensor, clock: Clock) -> dict[str, Tensor]:
+        """See docs/watching.md; of the active tokens at `index` [B, H, n] (-1: nobody) and their gates."""
+        active = index >= 0
+        served = active.sum(2)  # [B, H]
+        expected = self._chance(clock.position).sum(1, keepdim=True)  # [B or 1, 1]
+        gate = gate.masked_fill(~active, 0.0)
+        of_head = gate.sum((0, 2)) / served.sum(0).clamp(min=1)
+        of_head_and_row = served / clock.time.shape[1]
+        return {
+            "active_share": of_head_and_row.mean(),
+            "busiest_head": of_head_and_row.mean(0).max(),
+            "overflow": (served / expected).max(),
+            "gate": gate.sum() / served.sum().clamp(min=1),
+            "router_entropy": binary_entropy(gate).sum() / served.sum().clamp(min=1),
+            "dead_heads": share(of_head < DEAD_GATE),
+        }
+
     def init_state(self, batch: int, limit: int | None = None) -> Any:
         """An empty `ChosenKeys` for `batch` sequences."""
         return ChosenKeys(batch, self.router.weight.device, self.config, limit)
@@ -172,16 +197,20 @@ class Mosa(Mixer):
         )
 
     def _expected(self, length: int) -> tuple[float, float]:
-        """Of a head: active tokens, and (query, key) pairs.
+        """Of a head and one document: active tokens, and (query, key) pairs."""
+        position = torch.arange(length, device="cpu")
+        chance = self._chance(position)
+        met = (position + 1).clamp(max=self.config.keep)
+        return float(chance.sum()), float((chance * met).sum())
 
-        The j-th of those that compete for u places is among the best u with probability min(1, u / j), and meets
-        min(j, u) of them.
+    def _chance(self, position: Tensor) -> Tensor:
+        """The probability that tokens at these positions (int64) are active if scores come in random order, float64.
+
+        The j-th of those that compete for u places is among the best u with probability min(1, u / j).
         """
         first = int(self.config.include_first)
-        places = self.config.keep - first
-        rank = torch.arange(1, length - first + 1, dtype=torch.float64, device="cpu")
-        chance = (places / rank).clamp(max=1.0)
-        return float(first + chance.sum()), float(first + (chance * (rank.clamp(max=places) + first)).sum())
+        rank = (position + 1 - first).clamp(min=1)  # at position 0, which then does not compete, the chance is 1
+        return ((self.config.keep - first) / rank.double()).clamp(max=1.0)
 
 
 class PaperMosa(Mosa):
@@ -216,6 +245,11 @@ class PaperMosa(Mosa):
     def _expected(self, length: int) -> tuple[float, float]:
         active = min(length, self.config.keep)
         return active, active * (active + 1) / 2
+
+    def _chance(self, position: Tensor) -> Tensor:
+        """The same for every token of a row."""
+        length = position.shape[-1]
+        return torch.full_like(position, min(length, self.config.keep) / length, dtype=torch.float64)
 
 
 _NO_STATE = "mosa with selection paper has no state: whom it chose changes with every token, so read the prefix anew"

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention.clock import Clock, read_clock
+from attention.debug import check_finite
 from attention.lifetimes import FOREVER, Lifetimes, causal
 from attention.mixer import (
     Context,
@@ -29,6 +30,7 @@ from attention.mixer import (
     init_fan_in,
     parameter_count,
     register,
+    report,
     residual_output,
     setting,
     wide_linear,
@@ -39,6 +41,7 @@ from attention.ops.lanes import attend_lanes, make_lanes
 from attention.ops.rotary import apply_rotary
 from attention.rings import ClusterRings
 from attention.softmax import AttentionConfig
+from attention.statistics import entropy, share
 
 NORM_EPS = 1e-6
 
@@ -125,6 +128,7 @@ class Routing(Mixer):
         clock = read_clock(x, ctx, None if state is None else state.stream)
         shared = _normed(self._heads(wide_linear(x, self.shared.weight)))
         nearness = self._nearness(shared)
+        check_finite(ctx, "scores of tokens and clusters", nearness)
         cluster = nearness.argmax(-1)  # of equals torch gives the first
         v = self._heads(self.value(x))
         met = shared
@@ -132,16 +136,32 @@ class Routing(Mixer):
             met = apply_rotary(met, clock.rotary(self.head_dim, self.config.rotary))
         out = self.mix(met.to(v.dtype), v, nearness, cluster, clock, state)
         y = self.output(out.transpose(1, 2).flatten(2))
+        report(ctx, lambda: self._statistics(shared, nearness, cluster, clock))
         if not self.in_training(ctx):
             return MixerOutput(y, {})
-        head = torch.arange(self.heads, device=x.device)[:, None]
-        distance = F.mse_loss(shared, self.centroids.means[head, cluster].to(shared.dtype))
-        return MixerOutput(self.centroids.learn(y, shared, cluster), {"commitment": self.config.commitment * distance})
+        commitment = self.config.commitment * self._distance(shared, cluster)
+        return MixerOutput(self.centroids.learn(y, shared, cluster), {"commitment": commitment})
 
     @torch.no_grad()
     def _nearness(self, shared: Tensor) -> Tensor:
         with torch.autocast(shared.device.type, enabled=False):
             return shared @ self.centroids.means.to(shared.dtype).transpose(-1, -2)
+
+    def _distance(self, shared: Tensor, cluster: Tensor) -> Tensor:
+        """Mean square, over all numbers, of what parts a token from its centroid: 0 to 4."""
+        head = torch.arange(self.heads, device=shared.device)[:, None]
+        return F.mse_loss(shared, self.centroids.means[head, cluster].to(shared.dtype))
+
+    def _statistics(self, shared: Tensor, nearness: Tensor, cluster: Tensor, clock: Clock) -> dict[str, Tensor]:
+        """See docs/watching.md; arguments as of `mix`."""
+        own = cluster[..., None] == torch.arange(self.config.clusters, device=cluster.device)
+        load = own.float().mean((0, 2))  # [H, C]: shares of the tokens
+        return {
+            "dead_clusters": share(load == 0),
+            "overloaded": load.max() * self.config.clusters,
+            "load_entropy": entropy(load).mean(),
+            "centroid_distance": self._distance(shared, cluster),
+        }
 
     def _heads(self, x: Tensor) -> Tensor:
         """[B, T, H D] -> [B, H, T, D]."""
@@ -209,6 +229,16 @@ class TokenChoice(Routing):
         lanes = make_lanes(cluster, start, queries=queries, window=self.config.window, limit=limit)
         return attend_lanes(shared, k, v, lanes)[0]
 
+    def _statistics(self, shared: Tensor, nearness: Tensor, cluster: Tensor, clock: Clock) -> dict[str, Tensor]:
+        """Those of all, and the share of tokens with more members of their cluster before them than they meet."""
+        window = self.config.window
+        member_of = ((clock.starts[:, None] << 31) + cluster).sort(-1).values
+        binds = member_of[..., window:] == member_of[..., :-window]
+        return {
+            **super()._statistics(shared, nearness, cluster, clock),
+            "window_binds": binds.sum() / cluster.numel(),
+        }
+
     def pairs(self, length: int) -> float:
         """See `Routing.pairs`: where every token takes any cluster with the same chance, independently.
 
@@ -250,12 +280,20 @@ class ClusterChoice(Routing):
                 "routing with selection paper chooses among all tokens of a row, so it takes no packed documents; "
                 "give every document a row of its own, or set selection strict"
             )
-        length, taken = v.shape[2], min(self.config.window, v.shape[2])
-        by_nearness = nearness.transpose(2, 3).argsort(dim=-1, descending=True, stable=True)  # [B, H, C, T]
-        token = by_nearness[..., :taken].sort(-1).values
+        token, length = self._taken(nearness), v.shape[2]
         q, v = _take(shared, token), _take(v, token)
-        out, _ = attend(q, q, v, causal(taken, v.device))
+        out, _ = attend(q, q, v, causal(token.shape[3], v.device))
         return _put(out, token, length)
+
+    def _taken(self, nearness: Tensor) -> Tensor:
+        """The tokens that each cluster takes, in the order of time, [B, H, C, N]."""
+        by_nearness = nearness.transpose(2, 3).argsort(dim=-1, descending=True, stable=True)  # [B, H, C, T]
+        return by_nearness[..., : self.config.window].sort(-1).values
+
+    def _statistics(self, shared: Tensor, nearness: Tensor, cluster: Tensor, clock: Clock) -> dict[str, Tensor]:
+        """Those of all, and how many of the tokens no cluster took."""
+        served = torch.zeros_like(cluster, dtype=torch.bool).scatter_(2, self._taken(nearness).flatten(2), True)
+        return {**super()._statistics(shared, nearness, cluster, clock), "unserved": share(~served)}
 
     def pairs(self, length: int) -> float:
         """See `Routing.pairs`: exact."""

@@ -61,7 +61,13 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     parser.add_argument("--version", action="version", version=f"lmtrain {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
-    def verb(name: str, run: Callable[[Any], int], summary: str, *examples: str) -> argparse.ArgumentParser:
+    def verb(
+        name: str,
+        run: Callable[[Any], int],
+        summary: str,
+        *examples: str,
+        debug: str = "show the traceback of an error",
+    ) -> argparse.ArgumentParser:
         sub = verbs.add_parser(
             name,
             help=summary,
@@ -70,11 +76,18 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         sub.set_defaults(run=run)
-        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        sub.add_argument("--debug", action="store_true", help=debug)
         return sub
 
     _add_train(
-        verb("train", _train, "train a model, or go on training it", "demo", "demo run.dir=runs/wide model.dim=256")
+        verb(
+            "train",
+            _train,
+            "train a model, or go on training it",
+            "demo",
+            "demo run.dir=runs/wide model.dim=256",
+            debug="show the traceback of an error; stop where a number that is not finite arises (slower)",
+        )
     )
     _add_eval(
         verb(
@@ -202,7 +215,7 @@ def _train(arguments: argparse.Namespace) -> int:
     from lmtrain.train import train
 
     config = load(arguments.config, arguments.overrides, checks=CHECKS)
-    return train(config, resume=arguments.resume, fresh=arguments.fresh)
+    return train(config, resume=arguments.resume, fresh=arguments.fresh, debug=arguments.debug)
 
 
 def _eval(arguments: argparse.Namespace) -> int:

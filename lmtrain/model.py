@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from attention.clock import Stream, read_clock
+from attention.debug import check_finite
 from attention.mixer import (
     Context,
     Cost,
@@ -90,7 +91,9 @@ class Block(nn.Module):
         """The residual stream [B, T, D] behind this layer, and the auxiliary losses of its mixers."""
         mixed, losses = self.mix(self.mixer_norm(x_BTD), ctx.of_layer(x_BTD), state)
         x_BTD = x_BTD + self.dropout(mixed)
-        return MixerOutput(x_BTD + self.dropout(self.ffn(self.ffn_norm(x_BTD))), losses)
+        fed_BTD = self.ffn(self.ffn_norm(x_BTD))
+        check_finite(ctx, "outputs of the feed-forward layer", fed_BTD)
+        return MixerOutput(x_BTD + self.dropout(fed_BTD), losses)
 
     def items(self) -> Iterable[tuple[str, Mixer]]:
         """The mixers side by side, by their names in the pattern."""
@@ -98,12 +101,13 @@ class Block(nn.Module):
 
     def mix(self, x_BTD: Tensor, ctx: Context, state: dict[str, Any] | None) -> MixerOutput:
         """The sum of the mixers' outputs, and of their losses by name."""
-        outputs = [
-            mixer(x_BTD, ctx.watching(name), None if state is None else state[name]) for name, mixer in self.items()
-        ]
+        outputs: list[MixerOutput] = []
         losses: dict[str, Tensor] = {}
-        for output in outputs:
-            add_losses(losses, output.losses)
+        for name, mixer in self.items():
+            watched = ctx.watching(name)
+            outputs.append(mixer(x_BTD, watched, None if state is None else state[name]))
+            check_finite(watched, "outputs of the mixer", outputs[-1].y)
+            add_losses(losses, outputs[-1].losses)
         y_BTD = outputs[0].y
         for output in outputs[1:]:
             y_BTD = y_BTD + output.y
@@ -193,14 +197,17 @@ class DecoderLM(nn.Module):
         """
         hidden_BTD, losses = self.hidden(tokens, ctx, state)
         total, count = linear_cross_entropy(hidden_BTD.flatten(0, 1), self.head_weight, labels.flatten())
+        check_finite(ctx, "summed losses", total)
         return total, count, losses
 
     def hidden(self, tokens: Tensor, ctx: Context | None = None, state: ModelState | None = None) -> MixerOutput:
         """The normed residual stream [B, T, D] behind the last layer, and the mixers' auxiliary losses.
 
         A dict in `ctx.statistics` gets the mixers' statistics: layer -> name in the pattern -> name -> scalar.
+        With `ctx.debug` FloatingPointError says where a number that is not finite arose.
         """
         x_BTD = self.dropout(self._embed(tokens, ctx, state))
+        check_finite(ctx, "embeddings", x_BTD)
         ctx = Context() if ctx is None else ctx
         if ctx.initial is None:
             ctx = dataclasses.replace(ctx, initial=F.rms_norm(x_BTD, x_BTD.shape[-1:]))

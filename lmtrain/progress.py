@@ -1,9 +1,10 @@
-"""What a person sees of a run: one live line on a terminal, plain lines elsewhere, all of them in log.txt."""
+"""What a person sees of a run: one live line on a terminal, plain lines elsewhere, all of them in log.txt; its pace."""
 
 from __future__ import annotations
 
 import math
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -42,6 +43,24 @@ class Progress:
             self._shown = 0
 
 
+class Stopwatch:
+    """Seconds spent inside `with`, and how often."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Back to zero."""
+        self.total, self.laps = 0.0, 0
+
+    def __enter__(self) -> None:
+        self._begin = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.total += time.perf_counter() - self._begin
+        self.laps += 1
+
+
 @dataclass(frozen=True)
 class Pace:
     """What a line says beyond the row: flops per second, and the most the device reaches if that is known; bytes of
@@ -58,10 +77,11 @@ class Pace:
 def step_line(row: dict[str, Any], pace: Pace) -> str:
     """One line about a training step; row: see `metrics.jsonl`."""
     used = f"{pace.flops / pace.peak_flops:.0%} mfu" if pace.peak_flops else f"{si(pace.flops)}FLOP/s"
+    mark = "" if row["causality"] == "strict" else " (both see ahead)"
     parts = [
         f"step {row['step']}/{pace.steps}",
         f"loss {row['loss']:.4f}",
-        f"{pace.bits_per_byte:.3f} bpb",
+        f"{pace.bits_per_byte:.3f} bpb{mark}",
         f"lr {row['lr']:.1e}",
         f"|g| {row['grad_norm']:.2f}",
         f"{si(row['tokens_per_second'])} tok/s",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import time
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,13 @@ import torch
 from attention.mixer import Context, parameter_count
 from data.loader import Batch, Loader
 from data.shards import TokenDataset
-from lmtrain import checkpoint, fault
+from lmtrain import checkpoint, fault, watch
 from lmtrain import config as configuration
 from lmtrain.board import Board
 from lmtrain.config import Config
 from lmtrain.evaluate import Evaluation, EvaluationStopped, evaluate, evaluate_carried
 from lmtrain.hardware import peak_flops, peak_memory
-from lmtrain.progress import Pace, Progress, step_line
+from lmtrain.progress import Pace, Progress, Stopwatch, step_line
 from lmtrain.run import RunDirectory
 from lmtrain.schedule import learning_rate
 from lmtrain.setup import (
@@ -45,15 +44,16 @@ DONE, GAVE_UP, STOPPED = 0, 4, 75
 """Exit codes of a training run; a last checkpoint that could not be written is a crash, 1."""
 
 
-def train(config: Config, *, resume: Path | None = None, fresh: bool = False) -> int:
+def train(config: Config, *, resume: Path | None = None, fresh: bool = False, debug: bool = False) -> int:
     """Train as `config` says, from the newest checkpoint of run.dir, from `resume`, or from the beginning.
 
     resume: a checkpoint to start a new run from (a fork), or the newest one of run.dir itself. fresh: if run.dir
-    holds damaged checkpoints only, begin again beside them. Returns the exit code; ValueError is the user's.
+    holds damaged checkpoints only, begin again beside them. debug: FloatingPointError where a forward pass makes a
+    number that is not finite, instead of a skipped update. Returns the exit code; ValueError is the user's.
     """
     with StopRequest() as stop, RunDirectory.open(run_folder(config)) as run:
         try:
-            return Training(config, run, stop).go(resume, fresh)
+            return Training(config, run, stop, debug).go(resume, fresh)
         except ValueError:
             run.set_status("failed", step=run.status.step, reason="see log.txt")
             raise
@@ -65,11 +65,12 @@ def train(config: Config, *, resume: Path | None = None, fresh: bool = False) ->
 class Training:
     """One process's work on a run: the parts, the counters, and what happens at each step boundary."""
 
-    def __init__(self, config: Config, run: RunDirectory, stop: StopRequest) -> None:
+    def __init__(self, config: Config, run: RunDirectory, stop: StopRequest, debug: bool = False) -> None:
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
         self.run = run
         self.stop = stop
+        self.debug = debug
         self.progress = Progress(keep=run.log)
         self.device = pick_device()
         self.data: Data = build_data(config)
@@ -118,15 +119,20 @@ class Training:
         """Forward and backward over the micro-batches, one update, counters, and its row if it is logged."""
         with self.seconds:
             scored = sum(int((batch.labels >= 0).sum()) for batch in batches)
+            statistics: dict[Any, Any] | None = {} if self._is_logged(self.step + 1) else None
             for micro, batch in enumerate(batches):
                 ctx = Context(
-                    positions=_to(batch.positions, self.device), document_ends=_to(batch.document_ends, self.device)
+                    positions=_to(batch.positions, self.device),
+                    document_ends=_to(batch.document_ends, self.device),
+                    statistics=statistics if micro == len(batches) - 1 else None,
+                    debug=self.debug,
                 )
                 seed = _seed(self.config.run.seed, self.step, micro)
                 state = None if self.streams is None else self.streams.at(micro, batch.begins)
                 self.engine.backward(self.engine.forward_loss(batch.tokens, batch.labels, ctx, scored, seed, state))
             fault.before_update(self.step + 1, self.model.parameters())
             info = self.engine.step(learning_rate(self.step, self.config.train.steps, self.config.optimizer))
+            mixers = watch.read(statistics or {})
         self.step += 1
         self.samples += self.config.batch_sequences
         self.tokens += self.config.train.batch_tokens
@@ -136,8 +142,12 @@ class Training:
             if self.streams is not None:
                 self.streams.drop()
             self.run.event("skip", step=self.step, loss=info.loss, grad_norm=info.grad_norm)
-        self._log(info, sum(batch.crc for batch in batches) % 2**32)
+        self._log(info, sum(batch.crc for batch in batches) % 2**32, mixers)
         return info
+
+    def _is_logged(self, step: int) -> bool:
+        """Whether this step has a row whatever happens in it; a skipped one has one, too."""
+        return step % self.config.log.every == 0 or step in (1, self.config.train.steps)
 
     def _after_step(self) -> None:
         last = self.step == self.config.train.steps
@@ -146,10 +156,10 @@ class Training:
         if last or self.step % self.config.checkpoint.every == 0:
             self._save()
 
-    def _log(self, info: StepInfo, crc: int) -> None:
+    def _log(self, info: StepInfo, crc: int, mixers: watch.Mixers) -> None:
         """The progress line of this step; every `log.every` steps also its row, and the board's scalars."""
-        config = self.config
-        logged = self.step % config.log.every == 0 or self.step in (1, config.train.steps) or info.skipped
+        config, causality = self.config, self.model.causality
+        logged = self._is_logged(self.step) or info.skipped
         steps_per_second = self.seconds.laps / self.seconds.total
         row: dict[str, Any] = {
             "step": self.step,
@@ -160,9 +170,12 @@ class Training:
             "tokens_per_second": config.train.batch_tokens * steps_per_second,
             "skipped": self.skipped,
             "batch": crc,
+            "causality": causality,
         }
         if info.auxiliary:
             row["auxiliary"] = info.auxiliary
+        if mixers:
+            row["mixers"] = mixers
         seen = Pace(
             steps=config.train.steps,
             bits_per_byte=bits_per_byte(info.loss, self.data.train),
@@ -175,10 +188,11 @@ class Training:
         if not logged:
             return
         self.run.log_metrics(row)
-        scalars = {f"train/{key}": row[key] for key in ("loss", "lr", "grad_norm", "tokens", "skipped")}
-        scalars |= {"train/bpb": seen.bits_per_byte, "perf/tokens_per_second": row["tokens_per_second"]}
-        scalars |= {"perf/memory": seen.memory, "perf/flops": seen.flops}
-        self._scalars(scalars)
+        mark = "" if causality == "strict" else "_sees_ahead"
+        scalars = {f"train/loss{mark}": info.loss, f"train/bpb{mark}": seen.bits_per_byte}
+        scalars |= {f"train/{key}": row[key] for key in ("lr", "grad_norm", "tokens", "skipped")}
+        scalars |= {"perf/tokens_per_second": row["tokens_per_second"], "perf/memory": seen.memory}
+        self._scalars(scalars | {"perf/flops": seen.flops} | watch.tags(mixers))
         self.seconds.reset()
 
     def _evaluate(self) -> Evaluation:
@@ -188,6 +202,7 @@ class Training:
         row = {"step": self.step, "tokens": self.tokens, "split": protocol.split, "loss": result.loss}
         row |= {"bits_per_byte": result.bits_per_byte, "scored_tokens": result.scored_tokens}
         row |= {"context": protocol.context, "stride": protocol.stride, "scoring": protocol.scoring}
+        row["causality"] = protocol.causality
         self.run.log_metrics(row)
         self._scalars(
             {f"eval/{protocol.corpus}/loss": result.loss, f"eval/{protocol.corpus}/bpb": result.bits_per_byte}
@@ -197,6 +212,7 @@ class Training:
         self.progress.note(
             f"step {self.step}: validation loss {result.loss:.4f}, {result.bits_per_byte:.4f} bits per byte "
             f"({result.scored_tokens:,} tokens of {protocol.corpus}, {protocol.scoring}, {reach})"
+            + ("" if protocol.causality == "strict" else "; the losses of training see ahead and do not compare")
         )
         return result
 
@@ -330,6 +346,11 @@ class Training:
             f"{text.corpus}: {len(text.tokens):,} training tokens ({self.data.tokenizer.name}), "
             f"{config.batch_sequences} sequences of {config.data.seq_len} per step, {config.train.steps} steps, {start}"
         )
+        if self.model.causality != "strict":
+            self.progress.note(
+                "this model sees ahead: what it selects depends on later tokens, so its training loss is too low "
+                "and no code length; evaluations score prefix by prefix: quote and compare those"
+            )
 
     def _already_done(self) -> int:
         self.run.set_status("done", step=self.step)
@@ -370,24 +391,6 @@ class Training:
 
     def _complain(self, line: str) -> None:
         self.progress.note(f"warning: {line}")
-
-
-class Stopwatch:
-    """Seconds spent inside `with`, and how often."""
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        """Back to zero."""
-        self.total, self.laps = 0.0, 0
-
-    def __enter__(self) -> None:
-        self._begin = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.total += time.perf_counter() - self._begin
-        self.laps += 1
 
 
 def make_loader(config: Config, dataset: TokenDataset) -> Loader:

@@ -14,6 +14,7 @@ from lmtrain.signals import StopRequest
 
 ROW: dict[str, Any] = {
     "step": 1200, "loss": 1.83, "lr": 9.1e-4, "grad_norm": 0.42, "tokens_per_second": 41234.0, "skipped": 0,
+    "causality": "strict",
 }  # fmt: skip
 
 
@@ -51,6 +52,8 @@ def test_a_line_says_what_design_promises() -> None:
     )
     assert "310TFLOP/s" in step_line({**ROW, "skipped": 2}, Pace(5000, 2.64, 3.1e14, None, 2.1e9, 760))
     assert step_line({**ROW, "skipped": 2}, pace).endswith("skipped 2")
+    ahead = step_line({**ROW, "causality": "selects_ahead"}, pace)
+    assert ahead.startswith("step 1200/5000  loss 1.8300  2.640 bpb (both see ahead)  lr")
 
 
 @pytest.mark.parametrize(
