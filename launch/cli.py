@@ -149,6 +149,8 @@ def _add_eval(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--context", type=_positive, help="most tokens that a scored token may see")
     sub.add_argument("--stride", type=_positive, help="new tokens scored per window (context)")
     sub.add_argument("--carry", action="store_true", help="carry the state through the text; no windows")
+    of_leaking = "of a model that selects ahead: how many prefixes are scored alone (as many as cost little)"
+    sub.add_argument("--prefixes", type=_positive, metavar="N", help=of_leaking)
     sub.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
 
@@ -209,6 +211,7 @@ def _eval(arguments: argparse.Namespace) -> int:
     from lmtrain.evaluate import evaluate, evaluate_carried, format_result, write_result
     from lmtrain.restore import open_run
     from lmtrain.setup import read_split
+    from lmtrain.waiting import Waiting
 
     if arguments.carry and (arguments.context or arguments.stride):
         raise ValueError("--carry reads the text once, without windows: it takes no --context and no --stride")
@@ -216,11 +219,14 @@ def _eval(arguments: argparse.Namespace) -> int:
     config = restored.config
     dataset = read_split(config, restored.tokenizer, arguments.on, arguments.path)
     how: dict[str, Any] = {"documents": config.data.documents, "autocast": restored.autocast}
+    if arguments.prefixes and restored.model.causality == "strict":
+        raise ValueError("--prefixes: this model is strict, its one pass is what every prefix says; leave it out")
     if arguments.carry:
         result = evaluate_carried(restored.model, dataset, seq_len=config.data.seq_len, **how)
     else:
         context = arguments.context or config.eval_context
         stride = arguments.stride or (config.eval.stride if arguments.context is None else None) or context
+        how |= {"prefixes": arguments.prefixes, "watch": Waiting()}
         result = evaluate(restored.model, dataset, context=context, stride=stride, **how)
     _show(arguments, lambda: result.to_json(restored.checkpoint, restored.step), lambda: format_result(result))
     kept = write_result(restored.run, result, checkpoint=restored.checkpoint, step=restored.step)
