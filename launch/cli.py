@@ -13,6 +13,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     _add_inspect(
         verb("inspect", _inspect, "what a model costs, without making it", "demo", "demo model.pattern=far --json")
     )
-    _add_audit(verb("audit", _audit, "whether a model sees the future", "demo", "runs/demo --json"))
+    _add_audit(verb("audit", _audit, "whether a model sees the future", "runs/demo --json", "leak/mosa-paper --floor"))
     listing = verb("list", _list, "the mixers and what they cost", "", "--length 65536 --json")
     listing.add_argument("--length", type=_positive, default=8192, help="tokens at which costs are stated (8192)")
     listing.add_argument("--json", action="store_true", help="one JSON object on stdout")
@@ -172,6 +173,9 @@ def _add_inspect(sub: argparse.ArgumentParser) -> None:
 def _add_audit(sub: argparse.ArgumentParser) -> None:
     _add_config(sub, "a YAML file or shipped configuration (fresh weights), or a run's folder (its weights)")
     sub.add_argument("--length", type=_positive, help="tokens of the test sequences")
+    floor = "also train a small model of these mixers on letters that nobody can predict; minutes"
+    sub.add_argument("--floor", action="store_true", help=floor)
+    sub.add_argument("--steps", type=_positive, help="of that training (1500)")
     sub.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
 
@@ -269,10 +273,17 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 def _audit(arguments: argparse.Namespace) -> int:
     from lmtrain.audit import audit
+    from lmtrain.floor import STEPS, trial, trial_of
     from lmtrain.restore import model_to_audit
+    from lmtrain.waiting import Waiting
 
+    if arguments.steps and not arguments.floor:
+        raise ValueError("--steps: an audit trains nothing without --floor")
     model, config = model_to_audit(arguments.config, arguments.overrides)
     report = audit(model, length=arguments.length or config.data.seq_len)
+    if arguments.floor:
+        small, changes = trial_of(config, arguments.steps or STEPS)
+        report = replace(report, floor=trial(small, changes=changes, watch=Waiting()))
     _show(arguments, report.to_json, report.format)
     return NO if report.leaks else 0
 

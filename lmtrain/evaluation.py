@@ -256,7 +256,7 @@ def _leak_row(leak: Leak, bits: Column | None, loss: Column | None) -> dict[str,
 
 
 def _three_columns(evaluation: Evaluation) -> list[str]:
-    """The numbers of one pass, which nobody may quote, beside those that stand, and the leak; in all and by position."""
+    """The numbers of one pass, which nobody may quote, beside those that stand, and the gap; in all and by position."""
     assert evaluation.leak is not None
     head = ["", "one pass (leaks)", "prefix-wise", "gap", "standard error", "95 % interval"]
     rows = [
