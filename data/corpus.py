@@ -14,8 +14,11 @@ from pathlib import Path
 from data.document import Document, Split, whole_documents
 from data.files import find_file, find_files, search_folders, searched
 from data.holdout import MANY_DOCUMENTS, hold_out, part
+from data.letters import ALPHABET, Letters
 
 DEFAULT_VALIDATION = "0.1"
+DEFAULT_ALPHABET = 4
+IID_LETTERS = 10_000_000
 
 ENWIK8_BYTES = 100_000_000
 ENWIK8_MD5 = "a1fa5ffddb56f4953e227637dabbb36a"
@@ -42,15 +45,23 @@ class Corpus:
         return self.splits[name]
 
 
-def load_corpus(name: str, path: str | None = None, validation: str | float = DEFAULT_VALIDATION) -> Corpus:
+def load_corpus(
+    name: str,
+    path: str | None = None,
+    validation: str | float = DEFAULT_VALIDATION,
+    alphabet: int = DEFAULT_ALPHABET,
+) -> Corpus:
     """The corpus of that name. Text is read now only to check official files and to measure compressed ones.
 
     path: a file, folder or pattern, looked up in the current folder, then in $LMTRAIN_DATA.
     validation: the share of the text, at its end, that validates; or the path of a text that does.
+    alphabet: letters of the corpus `iid`; others have none to choose.
     ValueError says what is missing, empty or too short, and where it was looked for.
     """
     if name not in CORPORA:
         raise ValueError(f"data.corpus: no corpus {name!r}; known: {', '.join(CORPORA)}")
+    if name == "iid":
+        return iid(path, str(validation), alphabet)
     return CORPORA[name](path, str(validation))
 
 
@@ -109,7 +120,24 @@ def stdlib(path: str | None, validation: str) -> Corpus:
     return Corpus("stdlib", hold_out(documents, validation))
 
 
-CORPORA: dict[str, Callable[[str | None, str], Corpus]] = {"text": text, "enwik8": enwik8, "stdlib": stdlib}
+def iid(path: str | None, validation: str, alphabet: int = DEFAULT_ALPHABET) -> Corpus:
+    """Ten million letters, drawn independently and uniformly from the first `alphabet` ones; the same in every run.
+
+    Nobody predicts them better than by log2(alphabet) bits per byte, but who sees them.
+    """
+    if path is not None:
+        raise ValueError("data.path: the corpus `iid` is drawn, not read; your own files are the corpus `text`")
+    if not 2 <= alphabet <= len(ALPHABET):
+        raise ValueError(f"data.alphabet: must be from 2 to {len(ALPHABET)} letters, not {alphabet}")
+    return Corpus(f"iid{alphabet}", hold_out([Letters(alphabet, 0, IID_LETTERS)], validation))
+
+
+CORPORA: dict[str, Callable[[str | None, str], Corpus]] = {
+    "text": text,
+    "enwik8": enwik8,
+    "stdlib": stdlib,
+    "iid": iid,
+}
 
 
 def _find_enwik8(path: str | None) -> Path:

@@ -1,4 +1,6 @@
-"""Original text as documents: byte ranges of files, read lazily and in bounded memory."""
+"""Original text as documents: byte ranges of files, or texts made up, read lazily and in bounded memory."""
+
+from __future__ import annotations
 
 import gzip
 import lzma
@@ -9,11 +11,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 CHUNK = 1 << 20  # bytes read at a time
 
 _DECOMPRESS: dict[str, Callable[[Path], Any]] = {".xz": lzma.open, ".gz": gzip.open}
+
+
+class AnyDocument(Protocol):
+    """One document: a `Document` of a file, or text that is made as it is read (`data.letters`)."""
+
+    @property
+    def num_bytes(self) -> int: ...
+    def chunks(self) -> Iterator[bytes]: ...
+    def part(self, first: int, last: int) -> AnyDocument: ...
+    def locate(self, offset: int) -> str: ...
+    def identity(self) -> list[Any]: ...
 
 
 @dataclass(frozen=True)
@@ -25,7 +38,7 @@ class Document:
     stop: int
 
     @classmethod
-    def whole(cls, path: Path) -> "Document":
+    def whole(cls, path: Path) -> Document:
         return cls(path, 0, text_size(path))
 
     @property
@@ -49,16 +62,26 @@ class Document:
                 if cut:
                     yield block[:cut]
 
+    def part(self, first: int, last: int) -> Document:
+        """Bytes [first, last) of this document."""
+        return Document(self.path, self.start + first, self.start + last)
+
     def locate(self, offset: int) -> str:
         """Words for the byte `offset` of this document, for messages."""
         return f"{self.path}, byte {self.start + offset}"
+
+    def identity(self) -> list[Any]:
+        """What changes when the bytes do, for JSON."""
+        path = self.path.resolve()
+        status = file_status(path)
+        return [str(path), status.st_size, status.st_mtime_ns, self.start, self.stop]
 
 
 @dataclass(frozen=True)
 class Split:
     """A part of a corpus: documents in a fixed order, none of them empty."""
 
-    documents: tuple[Document, ...]
+    documents: tuple[AnyDocument, ...]
 
     @property
     def num_bytes(self) -> int:

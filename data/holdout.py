@@ -3,16 +3,15 @@
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import replace
 from fractions import Fraction
 
-from data.document import Document, Split, character_start, whole_documents
+from data.document import AnyDocument, Document, Split, character_start, whole_documents
 from data.files import find_files, same_file_key
 
 MANY_DOCUMENTS = 20  # from here on the cut falls on a document border
 
 
-def hold_out(documents: Sequence[Document], validation: str) -> dict[str, Split]:
+def hold_out(documents: Sequence[AnyDocument], validation: str) -> dict[str, Split]:
     """The splits `train`, `validation` and `all`; `validation` is a share of the bytes, or a path.
 
     A share s is held out at the end: of n bytes the first floor((1 - s) n) train, moved back to the start of
@@ -29,13 +28,13 @@ def hold_out(documents: Sequence[Document], validation: str) -> dict[str, Split]
     return {"train": part(documents, 0, cut), "validation": held_out, "all": everything}
 
 
-def part(documents: Sequence[Document], start: int, stop: int) -> Split:
+def part(documents: Sequence[AnyDocument], start: int, stop: int) -> Split:
     """Bytes [start, stop) of the documents laid end to end."""
     pieces = []
     for document in documents:
         first, last = max(start, 0), min(stop, document.num_bytes)
         if first < last:
-            pieces.append(replace(document, start=document.start + first, stop=document.start + last))
+            pieces.append(document.part(first, last))
         start, stop = start - document.num_bytes, stop - document.num_bytes
     return Split(tuple(pieces))
 
@@ -50,18 +49,18 @@ def _share(validation: str) -> Fraction | None:
     return Fraction(validation)
 
 
-def _other_text(path: str, training: Sequence[Document]) -> Split:
+def _other_text(path: str, training: Sequence[AnyDocument]) -> Split:
     held_out = whole_documents(find_files(path, "data.validation"))
     if not held_out:
         raise ValueError(f"data.validation: {path} holds no text")
-    training_files = {same_file_key(document.path) for document in training}
+    training_files = {same_file_key(document.path) for document in training if isinstance(document, Document)}
     for document in held_out:
         if same_file_key(document.path) in training_files:
             raise ValueError(f"data.validation: {document.path} is also training data")
     return Split(tuple(held_out))
 
 
-def _cut(documents: Sequence[Document], position: int) -> int:
+def _cut(documents: Sequence[AnyDocument], position: int) -> int:
     borders = [0]
     for document in documents:
         borders.append(borders[-1] + document.num_bytes)

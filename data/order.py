@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 ROUNDS = 6
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd: steps along it visit every 64-bit number
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd: steps along it visit every 64-bit number
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def mix(values: np.ndarray) -> np.ndarray:
 
 def _epoch_keys(seed: int, epochs: np.ndarray) -> np.ndarray:
     seeds = np.full(epochs.shape, seed % 2**64, dtype=np.uint64)
-    return mix(mix(seeds + _GOLDEN) + (epochs + np.uint64(1)) * _GOLDEN)
+    return mix(mix(seeds + GOLDEN) + (epochs + np.uint64(1)) * GOLDEN)
 
 
 def _feistel(values: np.ndarray, half_bits: int, keys: np.ndarray) -> np.ndarray:
@@ -125,6 +125,6 @@ def _feistel(values: np.ndarray, half_bits: int, keys: np.ndarray) -> np.ndarray
     bits, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
     left, right = values >> bits, values & mask
     for _ in range(ROUNDS):
-        keys = keys + _GOLDEN
+        keys = keys + GOLDEN
         left, right = right, left ^ (mix(mix(keys) ^ right) & mask)
     return left << bits | right

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from data.corpus import Corpus
 from data.dataset import VERSION, TokenDataset, open_dataset, sha256_json, sync_folder, write_dataset
-from data.document import Split, file_status
+from data.document import Split
 from data.tokenizer import Tokenizer, token_dtype, tokenizer_hash
 
 __all__ = ["TokenDataset", "default_cache", "prepare"]
@@ -76,11 +76,7 @@ def _make(folder: Path, corpus: str, split: str, text: Split, tokenizer: Tokeniz
 
 def _cache_key(corpus: str, split: str, text: Split, tokenizer: Tokenizer) -> str:
     """Changes with whatever may change the tokens; the split rule is in the byte ranges of the documents."""
-    sources = []
-    for document in text.documents:
-        path = document.path.resolve()
-        status = file_status(path)
-        sources.append([str(path), status.st_size, status.st_mtime_ns, document.start, document.stop])
+    sources = [document.identity() for document in text.documents]
     return sha256_json([VERSION, corpus, split, tokenizer_hash(tokenizer), sources])[:16]
 
 

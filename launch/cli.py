@@ -13,6 +13,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     _add_inspect(
         verb("inspect", _inspect, "what a model costs, without making it", "demo", "demo model.pattern=far --json")
     )
-    _add_audit(verb("audit", _audit, "whether a model sees the future", "demo", "runs/demo --json"))
+    _add_audit(verb("audit", _audit, "whether a model sees the future", "runs/demo --json", "leak/mosa-paper --floor"))
     listing = verb("list", _list, "the mixers and what they cost", "", "--length 65536 --json")
     listing.add_argument("--length", type=_positive, default=8192, help="tokens at which costs are stated (8192)")
     listing.add_argument("--json", action="store_true", help="one JSON object on stdout")
@@ -162,6 +163,8 @@ def _add_eval(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--context", type=_positive, help="most tokens that a scored token may see")
     sub.add_argument("--stride", type=_positive, help="new tokens scored per window (context)")
     sub.add_argument("--carry", action="store_true", help="carry the state through the text; no windows")
+    of_leaking = "of a model that selects ahead: how many prefixes are scored alone (as many as cost little)"
+    sub.add_argument("--prefixes", type=_positive, metavar="N", help=of_leaking)
     sub.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
 
@@ -183,6 +186,9 @@ def _add_inspect(sub: argparse.ArgumentParser) -> None:
 def _add_audit(sub: argparse.ArgumentParser) -> None:
     _add_config(sub, "a YAML file or shipped configuration (fresh weights), or a run's folder (its weights)")
     sub.add_argument("--length", type=_positive, help="tokens of the test sequences")
+    floor = "also train a small model of these mixers on letters that nobody can predict; minutes"
+    sub.add_argument("--floor", action="store_true", help=floor)
+    sub.add_argument("--steps", type=_positive, help="of that training (1500)")
     sub.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
 
@@ -222,6 +228,7 @@ def _eval(arguments: argparse.Namespace) -> int:
     from lmtrain.evaluate import evaluate, evaluate_carried, format_result, write_result
     from lmtrain.restore import open_run
     from lmtrain.setup import read_split
+    from lmtrain.waiting import Waiting
 
     if arguments.carry and (arguments.context or arguments.stride):
         raise ValueError("--carry reads the text once, without windows: it takes no --context and no --stride")
@@ -229,11 +236,14 @@ def _eval(arguments: argparse.Namespace) -> int:
     config = restored.config
     dataset = read_split(config, restored.tokenizer, arguments.on, arguments.path)
     how: dict[str, Any] = {"documents": config.data.documents, "autocast": restored.autocast}
+    if arguments.prefixes and restored.model.causality == "strict":
+        raise ValueError("--prefixes: this model is strict, its one pass is what every prefix says; leave it out")
     if arguments.carry:
         result = evaluate_carried(restored.model, dataset, seq_len=config.data.seq_len, carry=config.carry, **how)
     else:
         context = arguments.context or config.eval_context
         stride = arguments.stride or (config.eval.stride if arguments.context is None else None) or context
+        how |= {"prefixes": arguments.prefixes, "watch": Waiting()}
         result = evaluate(restored.model, dataset, context=context, stride=stride, **how)
     _show(arguments, lambda: result.to_json(restored.checkpoint, restored.step), lambda: format_result(result))
     kept = write_result(restored.run, result, checkpoint=restored.checkpoint, step=restored.step)
@@ -276,10 +286,17 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 def _audit(arguments: argparse.Namespace) -> int:
     from lmtrain.audit import audit
+    from lmtrain.floor import STEPS, trial, trial_of
     from lmtrain.restore import model_to_audit
+    from lmtrain.waiting import Waiting
 
+    if arguments.steps and not arguments.floor:
+        raise ValueError("--steps: an audit trains nothing without --floor")
     model, config = model_to_audit(arguments.config, arguments.overrides)
     report = audit(model, length=arguments.length or config.data.seq_len)
+    if arguments.floor:
+        small, changes = trial_of(config, arguments.steps or STEPS)
+        report = replace(report, floor=trial(small, changes=changes, watch=Waiting()))
     _show(arguments, report.to_json, report.format)
     return NO if report.leaks else 0
 

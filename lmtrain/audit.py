@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from attention.mixer import Causality, Context, Mixer
+from lmtrain.floor import FloorReport
 from lmtrain.model import DecoderLM
 from lmtrain.table import table
 
@@ -111,7 +112,7 @@ class LayerAudit:
 
 @dataclass(frozen=True)
 class AuditReport:
-    """Findings of `audit`. `documents` is None where the model refuses packed documents."""
+    """Findings of `audit`. documents: None where the model refuses packed documents. floor: if a trial was made."""
 
     length: int
     precision: str
@@ -121,6 +122,7 @@ class AuditReport:
     prefixes: Finding
     rows: Finding
     documents: Finding | None
+    floor: FloorReport | None = None
 
     @property
     def leaks(self) -> bool:
@@ -134,6 +136,7 @@ class AuditReport:
             where += ["prefixes"] if self.prefixes.leaks else []
         where += ["rows of a batch"] if self.rows.leaks else []
         where += ["packed documents"] if self.documents is not None and self.documents.leaks else []
+        where += ["entropy floor"] if self.floor is not None and self.floor.leaks else []
         return where
 
     @property
@@ -170,6 +173,7 @@ class AuditReport:
             "prefixes": self.prefixes.to_json(),
             "rows": self.rows.to_json(),
             "documents": None if self.documents is None else self.documents.to_json(),
+            "floor": None if self.floor is None else self.floor.to_json(),
         }
 
     def format(self) -> str:
@@ -187,7 +191,8 @@ class AuditReport:
             else:
                 rows.append([name, "", *_columns(finding), finding.in_words()])
         head = ["", "kind", "worst change", "at", "positions changed", "verdict"]
-        return f"{table(head, rows)}\n\n{self.length} tokens, {self.precision}. {self.verdict}"
+        found = f"{table(head, rows)}\n\n{self.length} tokens, {self.precision}. {self.verdict}"
+        return found if self.floor is None else f"{found}\n\n{self.floor.format()}"
 
 
 def _columns(finding: Finding) -> list[str]:

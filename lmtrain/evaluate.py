@@ -20,15 +20,16 @@ from data.windows import Window, windows
 from lmtrain.evaluation import Bucket, Evaluation, Leak, Protocol, format_result, write_result
 from lmtrain.loss import token_losses
 from lmtrain.model import DecoderLM, ModelState
+from lmtrain.prefixes import Sample, Shapes
 
 __all__ = ["Evaluation", "EvaluationStopped", "evaluate", "evaluate_carried", "format_result", "write_result"]
 
 BUCKET_EDGES = 64 << np.arange(32)
-PREFIXES = 512
-SAMPLE_SEED = 0
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 ShouldStop = Callable[[], bool]
+Watch = Callable[[str, int, int], None]
+"""Called with what is going on, and how many tokens of how many are read."""
 Spans = list[tuple[int, int]]
 
 
@@ -45,31 +46,37 @@ def evaluate(
     documents: str = "concatenate",
     max_tokens: int | None = None,
     batch_tokens: int = 16384,
+    prefixes: int | None = None,
     autocast: Autocast = nullcontext,
     should_stop: ShouldStop | None = None,
+    watch: Watch = lambda what, done, total: None,
 ) -> Evaluation:
     """Scores the split in windows of at most `context` tokens that end every `stride` (`data.windows`).
 
     documents: `concatenate`, or `reset`: no window crosses the border of a document. max_tokens: only the
     first so many targets. batch_tokens: of one forward pass, at most (but one window at least); it changes
-    no number. should_stop: asked between batches; EvaluationStopped if it says yes.
+    no number. should_stop: asked between batches; EvaluationStopped if it says yes. watch: told of each batch.
 
-    The single pass of a model that selects ahead is no code length: such a model is scored prefix by prefix,
-    at PREFIXES sampled targets (`_prefix_wise`). ValueError if nothing can be scored or the protocol is
-    impossible.
+    The single pass of a model that selects ahead is no code length: such a model is scored prefix by prefix, at about
+    `prefixes` sampled targets (`lmtrain.prefixes`; None: as many as cost little). ValueError if nothing can be scored
+    or the protocol is impossible.
     """
+    if prefixes is not None and prefixes < 1:
+        raise ValueError(f"--prefixes: at least 1 prefix, not {prefixes}")
     spans = _spans(model, dataset, documents, max_tokens)
     strict = model.causality == "strict"
     scoring = "one-pass" if strict else "prefix-wise"
     protocol = _protocol(model, dataset, documents, spans, scoring=scoring, context=context, stride=stride)
-    score = partial(_score, model, dataset, batch_tokens=batch_tokens, should_stop=should_stop)
-    tally, sample = Tally(dataset), Sample(0 if strict else PREFIXES, _num_targets(spans))
+    shapes = Shapes(_windows(spans, context, stride))
+    score = partial(_score, model, dataset, batch_tokens=batch_tokens, should_stop=should_stop, watch=watch)
+    tally, sample = Tally(dataset), None if strict else Sample(shapes, shapes.allot(prefixes))
     with _evaluating(model), autocast():
-        for scored in score(_windows(spans, context, stride)):
+        for scored in score(_windows(spans, context, stride), what="one pass", tokens=shapes.tokens):
             tally.add(scored)
-            sample.add(scored)
+            if sample is not None:
+                sample.add(scored)
         one_pass = tally.result(protocol)
-        return one_pass if strict else _prefix_wise(one_pass, sample, score, Tally(dataset))
+        return one_pass if sample is None else _prefix_wise(one_pass, sample, score, _selections(model))
 
 
 def evaluate_carried(
@@ -158,49 +165,29 @@ class Tally:
         )
 
 
-class Sample:
-    """`size` of `total` targets, drawn without replacement: the window that ends with each, and its loss."""
-
-    def __init__(self, size: int, total: int) -> None:
-        generator = np.random.default_rng(SAMPLE_SEED)
-        self.total = total
-        self.chosen = np.sort(generator.choice(total, min(size, total), replace=False))
-        self.passed = 0
-        self.prefixes: list[tuple[Window, float]] = []
-
-    def add(self, scored: Scored) -> None:
-        """Take those of the batch that were drawn. Batches must come in the order of the text."""
-        end = self.passed + scored.losses.size
-        first, last = np.searchsorted(self.chosen, [self.passed, end])
-        for index in self.chosen[first:last] - self.passed:
-            row, column = divmod(int(index), scored.losses.shape[1])
-            target = scored.windows[row].first_scored + column
-            prefix = Window(scored.windows[row].start, target, target)
-            self.prefixes.append((prefix, float(scored.losses[row, column])))
-        self.passed = end
-
-
 def _prefix_wise(
-    one_pass: Evaluation, sample: Sample, score: Callable[[Iterable[Window]], Iterator[Scored]], tally: Tally
+    one_pass: Evaluation, sample: Sample, score: Callable[..., Iterator[Scored]], selections: dict[str, dict[str, Any]]
 ) -> Evaluation:
     """Scores each sampled target by the last logit of a pass over what precedes it in its window alone.
 
-    With g the mean of prefix-wise minus one-pass loss over m sampled of N targets, the prefix-wise L is
-    estimated by the one-pass L + N g: unbiased, and exact where nothing leaks, for then g = 0. The standard
-    error of g is sd / sqrt(m) x sqrt(1 - m / N); the last factor is there because targets are drawn without
-    replacement.
+    With the gap that the sample estimates (nats per token, prefix-wise minus one-pass) the prefix-wise L of N targets
+    is the one-pass L + N gap: unbiased, and exact where nothing leaks, for then every difference is 0.
     """
-    prefixes = sorted(sample.prefixes, key=lambda prefix: prefix[0].end - prefix[0].start)
-    losses = []
-    for scored in score(window for window, _ in prefixes):
-        tally.add(scored)
-        losses.append(scored.losses[:, 0])
-    gaps = np.concatenate(losses) - np.array([loss for _, loss in prefixes])
-    deviation = gaps.std(ddof=1) if len(gaps) > 1 else np.nan
-    error = deviation * np.sqrt((1 - len(gaps) / sample.total) / len(gaps))
-    leak = Leak(one_pass.nats, float(gaps.mean()), float(error), len(gaps))
-    nats = one_pass.nats + sample.total * leak.gap
-    return dataclasses.replace(one_pass, nats=nats, by_position=tally.buckets(), leak=leak)
+    order = sample.in_order()
+    windows = (sample.prefixes[i] for i in order)
+    scored = score(windows, what=f"{len(order):,} prefixes", tokens=sample.tokens)
+    alone = np.empty(len(order))
+    alone[order] = np.concatenate([batch.losses[:, 0] for batch in scored])
+    leak = Leak(one_pass.nats, sample.leaks(alone), selections)
+    buckets = tuple(Bucket(p.start, p.stop, p.tokens, p.one_pass_loss + p.gap) for p in leak.by_position)
+    nats = one_pass.nats + one_pass.scored_tokens * leak.gap
+    return dataclasses.replace(one_pass, nats=nats, by_position=buckets, leak=leak)
+
+
+def _selections(model: DecoderLM) -> dict[str, dict[str, Any]]:
+    """Name in the pattern -> settings, of the mixers that select ahead."""
+    ahead = {name for block in model.layers for name, mixer in block.items() if mixer.causality != "strict"}
+    return {name: settings for name, settings in model.config.mixers.items() if name in ahead}
 
 
 def _score(
@@ -210,12 +197,19 @@ def _score(
     *,
     batch_tokens: int,
     should_stop: ShouldStop | None,
+    watch: Watch,
+    what: str,
+    tokens: int,
 ) -> Iterator[Scored]:
-    """Scores windows in their order; neighbours of equal shape make a batch."""
+    """Scores windows in their order; neighbours of equal shape make a batch. They hold so many `tokens` in all."""
+    done = 0
+    watch(what, done, tokens)
     for shape, alike in itertools.groupby(to_score, lambda w: (w.end - w.start, w.end - w.first_scored)):
         while batch := list(itertools.islice(alike, max(1, batch_tokens // shape[0]))):
             _poll(should_stop)
             yield _score_batch(model, dataset, batch)
+            done += len(batch) * shape[0]
+            watch(what, done, tokens)
 
 
 def _score_batch(

@@ -6,11 +6,21 @@ docs/evaluation.md has the formulas. L is the sum of -ln p over the scored token
 import json
 import math
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from lmtrain.files import replace_bytes
+from lmtrain.table import table
+
+CONFIDENCE = 1.96
+"""Standard errors to each side of an interval that holds the truth 95 times in 100."""
+
+SAMPLING = "targets drawn without replacement, stratified by tokens seen in octaves, as the root of their number"
+
+ONE_PASS = (
+    "one pass reads ahead: no code length, no perplexity, and no sampler reaches it; quote the prefix-wise number"
+)
 
 FIRST_TOKEN = {"concatenate": "unscored", "reset": "unscored in each document"}
 
@@ -50,17 +60,73 @@ class Bucket:
 
 
 @dataclass(frozen=True)
+class PositionLeak:
+    """The `tokens` targets that saw more than `start` and at most `stop` tokens, of which `prefixes` were drawn.
+
+    one_pass_loss: of all of them, in nats. gap: mean of prefix-wise minus one-pass loss over those drawn.
+    """
+
+    start: int
+    stop: int
+    tokens: int
+    one_pass_loss: float
+    gap: float
+    gap_standard_error: float
+    prefixes: int
+
+
+@dataclass(frozen=True)
 class Leak:
     """What a selection that sees later tokens gained in one pass.
 
-    one_pass_nats: the L it claims. gap: mean of prefix-wise minus one-pass loss over `prefixes` sampled
-    targets, in nats per token, with its standard error.
+    one_pass_nats: the L it claims. selections: name in the pattern -> settings, of the mixers that select ahead.
     """
 
     one_pass_nats: float
+    by_position: tuple[PositionLeak, ...]
+    selections: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> int:
+        """All targets."""
+        return sum(p.tokens for p in self.by_position)
+
+    @property
+    def prefixes(self) -> int:
+        """Targets drawn."""
+        return sum(p.prefixes for p in self.by_position)
+
+    @property
+    def gap(self) -> float:
+        """Mean of prefix-wise minus one-pass loss over all targets, estimated, in nats per token."""
+        return sum(p.tokens * p.gap for p in self.by_position) / self.tokens
+
+    @property
+    def standard_error(self) -> float:
+        """Of the gap."""
+        return math.hypot(*(p.tokens * p.gap_standard_error for p in self.by_position)) / self.tokens
+
+
+@dataclass(frozen=True)
+class Column:
+    """One number of a model that selects ahead, three times: claimed by one pass, prefix-wise, and their difference."""
+
+    one_pass: float
+    prefix_wise: float
     gap: float
     standard_error: float
-    prefixes: int
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Holds the true gap 95 times in 100."""
+        half = CONFIDENCE * self.standard_error
+        return self.gap - half, self.gap + half
+
+    def cells(self) -> list[str]:
+        """For people."""
+        low, high = self.interval
+        numbers = (self.one_pass, self.prefix_wise, self.gap, self.standard_error)
+        return [*(f"{number:.4f}" for number in numbers), f"{low:.4f} to {high:.4f}"]
 
 
 @dataclass(frozen=True)
@@ -96,13 +162,19 @@ class Evaluation:
         return _exp(self.nats / self.words) if self.protocol.whole_split and self.words else None
 
     @property
-    def leaked_bits_per_byte(self) -> tuple[float, float, float] | None:
-        """(one-pass bits per byte, gap, standard error of the gap) where the selection sees later tokens."""
+    def leaked_loss(self) -> Column | None:
+        """Nats per token where the selection sees later tokens."""
         if self.leak is None:
             return None
-        gap, error = self.leak.gap, self.leak.standard_error
-        one_pass, tokens = self._per_byte(self.leak.one_pass_nats), self.scored_tokens
-        return one_pass, self._per_byte(tokens * gap), self._per_byte(tokens * error)
+        leak, tokens = self.leak, self.scored_tokens
+        return Column(leak.one_pass_nats / tokens, self.loss, leak.gap, leak.standard_error)
+
+    @property
+    def leaked_bits_per_byte(self) -> Column | None:
+        """Bits per byte where the selection sees later tokens."""
+        if (loss := self.leaked_loss) is None:
+            return None
+        return Column(*(self._per_byte(self.scored_tokens * number) for number in astuple(loss)))
 
     def _per_byte(self, nats: float) -> float:
         return nats / (math.log(2) * self.bytes)
@@ -123,9 +195,8 @@ class Evaluation:
             "checkpoint": None if checkpoint is None else str(checkpoint),
             "step": step,
         }
-        if self.leak is not None and self.leaked_bits_per_byte is not None:
-            names = ("one_pass_bits_per_byte", "gap", "gap_standard_error")
-            row |= dict(zip(names, self.leaked_bits_per_byte)) | {"prefixes": self.leak.prefixes}
+        if self.leak is not None:
+            row |= _leak_row(self.leak, self.leaked_bits_per_byte, self.leaked_loss)
         return _finite(row)
 
     @property
@@ -159,14 +230,57 @@ def format_result(evaluation: Evaluation) -> str:
         _what_was_scored(evaluation),
         _what_was_seen(p),
     ]
-    if evaluation.leaked_bits_per_byte is not None:
-        one_pass, gap, error = evaluation.leaked_bits_per_byte
-        lines.append(
-            f"one pass would say {one_pass:.4f}, which is not a code length: its selection reads ahead; "
-            f"the gap is {gap:.4f}, standard error {error:.4f}"
-        )
+    if evaluation.leak is not None:
+        return "\n".join(["\n  ".join([*lines, _what_was_drawn(evaluation.leak)]), "", *_three_columns(evaluation)])
     buckets = "  ".join(f"{b.start}-{b.stop} {b.loss:.3f}" for b in evaluation.by_position)
     return "\n  ".join([*lines, f"nats per token by tokens seen: {buckets}"])
+
+
+def _leak_row(leak: Leak, bits: Column | None, loss: Column | None) -> dict[str, Any]:
+    """What the row of a model that selects ahead has besides."""
+    assert bits is not None
+    assert loss is not None
+    return {
+        "one_pass_bits_per_byte": bits.one_pass,
+        "gap": bits.gap,
+        "gap_standard_error": bits.standard_error,
+        "gap_interval": bits.interval,
+        "one_pass_loss": loss.one_pass,
+        "loss_gap": loss.gap,
+        "loss_gap_standard_error": loss.standard_error,
+        "prefixes": leak.prefixes,
+        "sampling": SAMPLING,
+        "selections": leak.selections,
+        "leak_by_position": [asdict(p) for p in leak.by_position],
+    }
+
+
+def _three_columns(evaluation: Evaluation) -> list[str]:
+    """The numbers of one pass, which nobody may quote, beside those that stand, and the gap; in all and by position."""
+    assert evaluation.leak is not None
+    head = ["", "one pass (leaks)", "prefix-wise", "gap", "standard error", "95 % interval"]
+    rows = [
+        [name, *column.cells()]
+        for name, column in (
+            ("bits per byte", evaluation.leaked_bits_per_byte),
+            ("nats per token", evaluation.leaked_loss),
+        )
+        if column is not None
+    ]
+    for p in evaluation.leak.by_position:
+        column = Column(p.one_pass_loss, p.one_pass_loss + p.gap, p.gap, p.gap_standard_error)
+        rows.append([f"  of {p.start}-{p.stop} seen", *column.cells()])
+    return [table(head, rows), "", ONE_PASS]
+
+
+def _what_was_drawn(leak: Leak) -> str:
+    chosen = "; ".join(
+        f"{name} is {settings['kind']} with "
+        + ", ".join(f"{key} {value}" for key, value in settings.items() if type(value) is int)
+        for name, settings in leak.selections.items()
+    )
+    how = f"prefix by prefix at {leak.prefixes:,} of these targets: {SAMPLING}"
+    return how + (f"\n  {chosen}: the numbers of the config, for a prefix of any length" if chosen else "")
 
 
 def _what_was_scored(evaluation: Evaluation) -> str:

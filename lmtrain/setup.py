@@ -41,7 +41,7 @@ def run_folder(config: Config) -> Path:
 
 def build_data(config: Config) -> Data:
     """Read and tokenize what the configuration names, or take it from the cache. ValueError if it cannot be."""
-    corpus = load_corpus(config.data.corpus, config.data.path, config.data.validation)
+    corpus = load_corpus(config.data.corpus, config.data.path, config.data.validation, config.data.alphabet)
     tokenizer = build_tokenizer(config.data.tokenizer, corpus.split("train"))
     train, validation = (prepare(corpus, split, tokenizer, config.data.cache) for split in ("train", "validation"))
     return Data(tokenizer, train, validation)
@@ -54,7 +54,8 @@ def read_split(config: Config, tokenizer: Tokenizer, on: str | None, path: str |
     """
     name, _, split = (on or config.data.corpus).partition(":")
     own = name == config.data.corpus and path is None
-    corpus = load_corpus(name, config.data.path if own else path, config.data.validation if own else DEFAULT_VALIDATION)
+    path, validation = (config.data.path, config.data.validation) if own else (path, DEFAULT_VALIDATION)
+    corpus = load_corpus(name, path, validation, config.data.alphabet)
     return prepare(corpus, split or "validation", tokenizer, config.data.cache)
 
 

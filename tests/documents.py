@@ -5,6 +5,11 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
+
+from attention.mixer import MIXERS
+from lmtrain.config import SHIPPED, shipped_configs
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -22,3 +27,13 @@ def copy_parts(parts: Sequence[str], to: Path) -> None:
             shutil.copytree(ROOT / part, to / part, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(ROOT / part, to / part)
+
+
+def loadable_configs(folder: str = "") -> list[str]:
+    """Shipped configurations whose mixers are registered: one may be written before its mixer."""
+    return [name for name in shipped_configs() if name.startswith(folder) and _kinds(name) <= set(MIXERS)]
+
+
+def _kinds(name: str) -> set[str]:
+    mixers = yaml.safe_load((SHIPPED / f"{name}.yaml").read_text())["model"]["mixers"]
+    return {mixer["kind"] for mixer in mixers.values()}

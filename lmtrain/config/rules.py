@@ -48,8 +48,14 @@ EFFECTS = [
     Effect(
         "data.path",
         "data.corpus",
-        lambda c: c.data.corpus != "stdlib",
-        "the corpus stdlib is found by itself",
+        lambda c: c.data.corpus not in ("stdlib", "iid"),
+        "the corpora stdlib and iid have no file to be found",
+    ),
+    Effect(
+        "data.alphabet",
+        "data.corpus",
+        lambda c: c.data.corpus == "iid",
+        "only the corpus iid is drawn from an alphabet",
     ),
     Effect(
         "data.validation",

@@ -44,13 +44,18 @@ class RunConfig:
 class DataConfig:
     """What is read."""
 
-    corpus: Literal["text", "enwik8", "stdlib"] = setting(
-        "stdlib", "`text`: files of your own; `enwik8`; `stdlib`: the Python sources on this machine"
+    corpus: Literal["text", "enwik8", "stdlib", "iid"] = setting(
+        "stdlib",
+        "`text`: files of your own; `enwik8`; `stdlib`: the Python sources on this machine; `iid`: independent "
+        "uniform letters, which nobody predicts without seeing them",
     )
     path: str | None = setting(
         None, "file, folder or pattern; a relative one is looked up here, then in `$LMTRAIN_DATA`"
     )
     validation: str = setting("0.1", "what validates: a share at the end of the text, or the path of a file")
+    alphabet: int = setting(
+        4, "letters of the corpus `iid`: at best it costs log2 of it bits per byte", at_least=2, at_most=26
+    )
     tokenizer: Literal["bytes", "characters"] = setting("bytes", "`bytes`, or the `characters` of the training text")
     seq_len: int = setting(1024, "tokens of a training sequence", at_least=1)
     documents: Literal["concatenate", "reset"] = setting(

@@ -20,7 +20,7 @@ def content(split: Split) -> bytes:
 
 
 def test_an_unknown_corpus_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"data\.corpus: no corpus 'enwik9'; known: text, enwik8, stdlib"):
+    with pytest.raises(ValueError, match=r"data\.corpus: no corpus 'enwik9'; known: text, enwik8, stdlib, iid"):
         load_corpus("enwik9")
 
 

@@ -20,6 +20,7 @@ from lmtrain.config import (
     shipped_configs,
     to_dict,
 )
+from tests.documents import loadable_configs
 
 SMALL = """\
 data: {corpus: stdlib, seq_len: 64}
@@ -40,7 +41,7 @@ def small(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", shipped_configs())
+@pytest.mark.parametrize("name", loadable_configs())
 def test_every_shipped_config_loads_and_survives_saving(name: str, tmp_path: Path) -> None:
     config = load(name)
     assert config.run.dir == f"runs/{name.replace('/', '-')}"
@@ -69,6 +70,18 @@ def test_the_promised_configs_are_shipped() -> None:
 def test_the_two_promised_configs_bear_overrides(name: str, overrides: list[str]) -> None:
     config = load(name, overrides)
     assert config.batch_sequences % config.micro_batch() == 0
+
+
+def test_the_leak_experiments_differ_in_their_mixer_only() -> None:
+    names = [name for name in shipped_configs() if name.startswith("leak/")]
+    assert len(names) == 7
+    loaded = {name: load(name) for name in loadable_configs("leak/")}
+    assert {"leak/dense", "leak/mosa", "leak/mosa-paper", "leak/routing", "leak/routing-paper"} <= set(loaded)
+    for name, config in loaded.items():
+        changed = {key.rsplit(".", 1)[0] for key, _, _ in differences(loaded["leak/dense"], config)}
+        assert changed <= {"run", "model.mixers.it"}, name
+        selection = config.model.mixers["it"].get("selection", "strict")
+        assert selection == ("paper" if name.endswith("-paper") else "strict"), name
 
 
 def test_shakespeare_is_the_setting_of_nanogpt() -> None:
