@@ -128,24 +128,30 @@ def _gather_outer(x: Tensor, index: Tensor, y: Tensor, gate: Tensor | None = Non
 
 
 class _Block(NamedTuple):
-    """Lists whose tokens exist together: token [h, R c], among the rows of the batch laid end to end."""
+    """Lists whose tokens exist together.
+
+    token [h, R c]: the rows of the batch laid end to end, and one more for nobody; empty [R, h, c]: who is nobody, None
+    if all are somebody.
+    """
 
     rows: slice
     heads: slice
     places: int
-    nobody: Tensor
     token: Tensor
+    empty: Tensor | None
 
     def take(self, tokens: Tensor) -> Tensor:
         """Of all tokens those of the lists, [h, R c, d]."""
         return tokens.index_select(0, self.token.flatten()).unflatten(0, self.token.shape)
 
     def values(self, y: Tensor, gate: Tensor | None) -> Tensor:
-        """What stands in y [B, H, n, m] for the lists, gated, 0 where nobody was chosen: [h, R c, m]."""
+        """What stands in y [B, H, n, m] for the lists, gated: [h, R c, m]; 0 where nobody was chosen."""
         mine = y[self.rows, self.heads, : self.places]
         if gate is not None:
             mine = mine * gate[self.rows, self.heads, : self.places, None].to(y.dtype)
-        return mine.masked_fill(self.nobody[..., None], 0.0).transpose(0, 1).flatten(1, 2)
+        if self.empty is not None:
+            mine = mine.masked_fill(self.empty[..., None], 0.0)
+        return mine.transpose(0, 1).flatten(1, 2)
 
 
 def _blocks(index: Tensor, x: Tensor) -> Iterator[_Block]:
@@ -164,7 +170,9 @@ def _blocks(index: Tensor, x: Tensor) -> Iterator[_Block]:
             some = slice(row, row + rows_at_once), slice(head, head + heads_at_once)
             most = max((n for of_row in used[some[0]] for n in of_row[some[1]]), default=0)
             here = (*some, slice(most))
-            yield _Block(*some, most, nobody[here], token[here].transpose(0, 1).flatten(1))
+            empty = nobody[here]
+            filled = empty.device.type == "cpu" and not bool(empty.any())
+            yield _Block(*some, most, token[here].transpose(0, 1).flatten(1), None if filled else empty)
 
 
 def _used_places(nobody: Tensor) -> list[list[int]]:
