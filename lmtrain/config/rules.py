@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import torch
+
 from attention.divisors import nearest_divisors
 from attention.mixer import MIXERS, nearest
 from lmtrain.config.problems import Problem
@@ -180,8 +182,16 @@ def _is_faulty(key: str, faulty: set[str]) -> bool:
 def _mixer_problems(config: Config, name: str) -> Iterator[Problem]:
     settings = dict(config.model.mixers[name])
     kind = MIXERS[settings.pop("kind")]
-    for setting, message in kind.Config(**settings).problems(config.model.dim):
+    chosen = kind.Config(**settings)
+    found = chosen.problems(config.model.dim)
+    for setting, message in found:
         yield Problem("", f"model.mixers.{name}.{setting}", message)
+    if not found and config.data.documents == "reset":
+        with torch.device("meta"):
+            causality = kind.of(config.model.dim, chosen).causality
+        if causality == "selects_ahead":
+            message = f"reset cannot keep apart documents of which model.mixers.{name} sees all at once; use concatenate"
+            yield Problem("", "data.documents", f"{message}, or a selection that is strict")
 
 
 def _listing(defined: list[str]) -> str:

@@ -1,17 +1,16 @@
 """Projections of chosen tokens against loops over their lists, and against those of all tokens, masked."""
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from attention.ops import project
 from attention.ops.project import gather_project, scatter_project
 from attention.ops.select import listed
+from tests.attention.operations import Largest
 
 B, T, H, D, M = 2, 20, 3, 7, 4  # M: width of a head
 
@@ -189,20 +188,6 @@ def test_autocast_rounds_as_a_linear_layer_does() -> None:
     assert out.dtype == y.dtype == torch.bfloat16
     grads = torch.autograd.grad(y.float().sum(), [x, weight])
     assert all(g.dtype == torch.float32 and g.isfinite().all() for g in grads)
-
-
-class Largest(TorchDispatchMode):
-    """Numbers in the largest tensor that an operation returned."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numbers = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for t in out if isinstance(out, tuple | list) else (out,):
-            self.numbers = max(self.numbers, t.numel() if isinstance(t, Tensor) else 0)
-        return out
 
 
 def test_the_tokens_of_all_heads_never_exist_together(monkeypatch: pytest.MonkeyPatch) -> None:
