@@ -35,8 +35,9 @@ from attention.mixer import (
 )
 from attention.ops.attend import attend
 from attention.ops.attend_plan import FEW_QUERIES
-from attention.ops.chosen import Chosen, gather_project, scatter_project
+from attention.ops.project import gather_project, scatter_project
 from attention.ops.rotary import apply_rotary
+from attention.ops.select import listed
 from attention.softmax import AttentionConfig, SoftmaxAttention
 from attention.statistics import entropy, share
 
@@ -177,21 +178,21 @@ class MoH(SoftmaxAttention):
     def _chosen(self, x: Tensor, w_q: Tensor, routes: _Routes, keys: _Keys, first: int) -> Tensor:
         """What heads first..H-1 add to y, each computed for the queries that it serves."""
         width, groups, dtype = first * self.head_dim, first * self.kv_heads // self.heads, keys.k.dtype
-        chosen = Chosen.of(routes.serves[:, first:])
+        index = listed(routes.serves[:, first:])
         by_head = (-1, self.head_dim)
         into = w_q[width:].unflatten(0, by_head).transpose(1, 2).to(dtype)
         out_of = self.output.weight[:, width:].T.unflatten(0, by_head).to(dtype)
 
-        token = chosen.index.clamp(min=0)
-        q = gather_project(x.to(dtype), into, chosen)
+        token = index.clamp(min=0)
+        q = gather_project(x.to(dtype), index, into)
         if self.config.rotary:
             table = keys.clock.rotary(self.head_dim, self.config.rotary)
             cos, sin = (t.to(floating(q)).take_along_dim(token[..., None], 2) for t in table)
             q = apply_rotary(q, (cos, sin))
-        time = torch.where(chosen.index < 0, FOREVER, keys.clock.time[0, token]).to(torch.int32)
+        time = torch.where(index < 0, FOREVER, keys.clock.time[0, token]).to(torch.int32)
         out, _ = attend(q, keys.k[:, groups:], keys.v[:, groups:], keys.life, time=time)
-        gates = routes.gates[:, first:].take_along_dim(token, 2)[..., None]
-        return scatter_project(out * gates.to(dtype), out_of, chosen, x.shape[1])
+        gates = routes.gates[:, first:].take_along_dim(token, 2)
+        return scatter_project(out, index, gates, out_of, x.shape[1])
 
     def cost(self, length: int) -> Cost:
         """As dense with its router; queries, outputs and pairs only of the S + K heads that serve a token."""

@@ -56,7 +56,7 @@ class OnlineMeans(nn.Module):
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             x = x.to(self.pending.dtype)
             # A product, not a scattered sum: its order is fixed on every device.
-            assigned = torch.nn.functional.one_hot(entry, self.means.shape[1]).to(x.dtype)
+            assigned = (entry[..., None] == torch.arange(self.means.shape[1], device=x.device)).to(x.dtype)
             sums = torch.einsum("bhtc,bhtd->hcd", assigned, torch.cat([x, torch.ones_like(x[..., :1])], -1))
         return _Learn.apply(y, sums, self.pending)
 

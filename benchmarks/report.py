@@ -27,10 +27,15 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def publish(rows: list[dict[str, Any]], path: str | None) -> None:
     """Print the table and the environment; with a path, keep both as JSON."""
-    print(table(rows))
+    publish_all({"rows": rows}, path)
+
+
+def publish_all(tables: dict[str, list[dict[str, Any]]], path: str | None) -> None:
+    """As `publish`, for tables of rows that are not alike; each is kept under its name."""
+    print("\n\n".join(map(table, tables.values())))
     print("; ".join(f"{key} {value}" for key, value in environment().items()))
     if path:
-        Path(path).write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
+        Path(path).write_text(json.dumps({"environment": environment(), **tables}, indent=1) + "\n")
 
 
 def _cell(value: Any) -> str:

@@ -5,7 +5,8 @@ start_j <= i < stop_j. A tile of queries visits the keys that at least one of it
 their birth, and nothing else:
 
 * where neither starts nor stops ever decrease (causal, window, blocks, documents), these keys are one slice; where
-  the slices move on with the queries, tile after tile, many tiles fold into one batch of overlapping windows;
+  the slices move on with the queries, tile after tile, many tiles fold into one batch of overlapping windows. Rows
+  with slices of their own (lanes, clusters) walk alone, if that takes no more steps than to walk lists together;
 * else they are an index list that is carried from tile to tile: the dead leave it, the newborn are appended. So
   every pattern costs its living keys, and the list is never longer than the keys alive in one tile.
 
@@ -84,6 +85,8 @@ def make_parts(
                 parts.append(Part(*rectangle, some, [Tile.of(0, num_queries, 0, *own)]))
         elif lists == (1, 1, 1) and _ascending(mine[0]) and _ascending(mine[1]):
             parts += _sliced(mine[0][0], mine[1][0], everyone, group, num_queries, size)
+        elif row_by_row := _sliced_alone(start, stop, everyone, group, num_queries, size):
+            parts += row_by_row
         else:
             tiles = Lists(*mine, num_queries, size)
             for rectangle in _rectangles(*everyone, _rows_at_once(group * size * tiles.widest)):
@@ -99,17 +102,65 @@ def _sliced(
     """Parts of the rows that share one list of slices: all rows tile by tile, or row by row many tiles at once,
     whichever takes fewer steps."""
     batch, heads = everyone
-    plain = slice_tiles(start, stop, num_queries, size)
-    widest = max(tile.width for tile in plain)
+    plain = _slice_runs(start, stop, num_queries, size)
+    widest = max(run.end - run.begin for run in plain)
     rectangles = list(_rectangles(batch, heads, _rows_at_once(group * size * widest)))
-    folded = slice_tiles(start, stop, num_queries, size, fold=FOLDED_LOGITS // (group * size))
+    folded = _slice_runs(start, stop, num_queries, size, fold=FOLDED_LOGITS // (group * size))
     each = list(_rectangles(batch, heads, 1))
     if 2 * len(folded) * len(each) < len(plain) * len(rectangles):
         plain, rectangles = folded, each
-    return [Part(*rectangle, (1, 1, 1), plain) for rectangle in rectangles]
+    tiles = [run.tile(start, stop, num_queries, size) for run in plain]
+    return [Part(*rectangle, (1, 1, 1), tiles) for rectangle in rectangles]
 
 
-def slice_tiles(start: Tensor, stop: Tensor, num_queries: int, size: int, fold: int = 0) -> list[Tile]:
+def _sliced_alone(
+    start: Tensor, stop: Tensor, everyone: tuple[slice, slice], group: int, num_queries: int, size: int
+) -> list[Part]:
+    """Parts of rows with a list of slices each, many tiles at once; none if they are no slices, or if that takes more
+    steps than to walk through lists of all rows."""
+    lists, (begins, ends) = _narrowed(start, stop, *everyone)
+    each = list(_rectangles(*everyone, 1))
+    most = -(-num_queries // size)
+    if lists[2] > 1 or len(each) > most or not (_ascending(begins) and _ascending(ends)):
+        return []
+    walks = []
+    for rectangle in each:
+        start_row, stop_row = (t[0] for t in _narrowed(start, stop, *rectangle)[1])
+        runs = _slice_runs(start_row, stop_row, num_queries, size, fold=FOLDED_LOGITS // (group * size))
+        walks.append((rectangle, start_row, stop_row, runs))
+    if sum(len(runs) for *_, runs in walks) > most:
+        return []
+    return [
+        Part(*rectangle, (1, 1, 1), [run.tile(start_row, stop_row, num_queries, size) for run in runs])
+        for rectangle, start_row, stop_row, runs in walks
+    ]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """`count` tiles from the `number`-th on, in one; begin..end: the keys of the first, the next ones' move on."""
+
+    number: int
+    count: int
+    begin: int
+    end: int
+
+    def tile(self, start: Tensor, stop: Tensor, num_queries: int, size: int) -> Tile:
+        """The tile, with the intervals of its keys; start, stop [Nk]."""
+        lo, width = self.number * size, self.end - self.begin
+        hi = min(lo + self.count * size, num_queries)
+        if self.count == 1:
+            starts, stops = (x[None, self.begin : self.end] - lo for x in (start, stop))
+        else:
+            here = lo + size * torch.arange(self.count, dtype=torch.int32, device=start.device)[:, None]
+            keys = slice(self.begin, self.end + (self.count - 1) * size)
+            starts, stops = (x[keys].unfold(0, width, size) - here for x in (start, stop))
+            if bool(((starts == starts[:1]) & (stops == stops[:1])).all()):
+                starts, stops = starts[:1], stops[:1]
+        return Tile.of(lo, hi, self.begin, starts, stops, self.count)
+
+
+def _slice_runs(start: Tensor, stop: Tensor, num_queries: int, size: int, fold: int = 0) -> list[_Run]:
     """Tiles of `size` queries whose keys are slices; start, stop [Nk] never decrease. Consecutive ones whose slices
     end `size` keys apart fold into one, up to `fold` keys in all."""
     num_keys = len(start)
@@ -117,25 +168,18 @@ def slice_tiles(start: Tensor, stop: Tensor, num_queries: int, size: int, fold: 
     last = (first + (size - 1)).clamp(max=num_queries - 1)
     begins = torch.searchsorted(stop, first, right=True).tolist()
     ends = torch.searchsorted(start, last, right=True).tolist()
-    tiles, number = [], 0
+    runs, number = [], 0
     while number < len(begins):
-        lo, begin, end = number * size, begins[number], ends[number]
+        begin, end = begins[number], ends[number]
         count, width = _fold(begins[number:], ends[number:], size, fold, last=num_queries // size - number)
         if count == 1:
             begin = min(begin, end) // ROUND * ROUND
             end = min(-(-end // ROUND) * ROUND, num_keys)
-            hi = min(lo + size, num_queries)
-            starts, stops = (x[None, begin:end] - lo for x in (start, stop))
         else:
-            begin, hi = end - width, lo + count * size
-            here = lo + size * torch.arange(count, dtype=torch.int32, device=start.device)[:, None]
-            keys = slice(begin, end + (count - 1) * size)
-            starts, stops = (x[keys].unfold(0, width, size) - here for x in (start, stop))
-            if bool(((starts == starts[:1]) & (stops == stops[:1])).all()):
-                starts, stops = starts[:1], stops[:1]
-        tiles.append(Tile.of(lo, hi, begin, starts, stops, count))
+            begin = end - width
+        runs.append(_Run(number, count, begin, end))
         number += count
-    return tiles
+    return runs
 
 
 def _fold(begins: list[int], ends: list[int], size: int, limit: int, last: int) -> tuple[int, int]:

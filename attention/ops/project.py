@@ -1,21 +1,23 @@
 """Projections of chosen tokens: each head takes its own tokens to its own matrix, and back to their places.
 
 `gather_project` and `scatter_project` are each other's backward pass. The tokens of all heads side by side,
-[B, H, n, d], would take more memory than all else in a mixer of many heads; here they exist for some heads at a time.
+[B, H, n, d], would take more memory than all else in a mixer of many heads; here they exist for a few lists at a time.
 
 Legend of shapes: B batch, T tokens, H heads, n places in the list of a head, d model width, m width behind a matrix.
+In a block R rows of the batch, h heads, and the first c places of their lists.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-AT_ONCE = 2**20  # numbers of gathered tokens: 4 MiB of float32, which stay in a cache
+AT_ONCE = 2**18  # numbers of gathered tokens: 1 MiB of float32, which stays in a cache
 
 
 def gather_project(x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
@@ -33,13 +35,15 @@ def gather_project(x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
 def scatter_project(y: Tensor, index: Tensor, gate: Tensor, weight: Tensor, length: int) -> Tensor:
     """The sum over the heads of their gated tokens, each times the matrix of its head, at the tokens' places.
 
-    y [B, H, n, m]; index int64 [B, H, n], no token twice in a list, -1 = nobody (whatever y holds there); gate
+    y [B, H, n, m]; index int64 [B, H, n], no token twice in a list, -1 = nobody (whatever y and gate hold there); gate
     [B, H, n]; weight [H, m, d], in y's type; length T. Returns [B, T, d] in y's type, 0 where no head chose. Summed in
     at least float32, in the order of the heads. Differentiable in y, gate and weight. Otherwise as `gather_project`.
     """
     y, weight = _autocast(y), _autocast(weight)
     _check("y", y, (*index.shape, weight.shape[1]), index, weight)
-    return _ScatterProject.apply(y * gate[..., None].to(y.dtype), index, weight, length)
+    if gate.shape != index.shape:
+        raise ValueError(f"gate: expected shape {tuple(index.shape)} as index, got {tuple(gate.shape)}")
+    return _ScatterProject.apply(y, index, gate, weight, length)
 
 
 class _GatherProject(torch.autograd.Function):
@@ -62,85 +66,127 @@ class _GatherProject(torch.autograd.Function):
 
 class _ScatterProject(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, index: Tensor, weight: Tensor, length: int) -> Tensor:
-        ctx.save_for_backward(y, index, weight)
-        return torch.ops.attention.scatter_project(y, index, weight, length)
+    def forward(ctx: Any, y: Tensor, index: Tensor, gate: Tensor, weight: Tensor, length: int) -> Tensor:
+        ctx.save_for_backward(y, index, gate, weight)
+        return torch.ops.attention.scatter_project(y, index, weight, length, gate)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        y, index, weight = ctx.saved_tensors
-        to_y, _, to_weight, _ = ctx.needs_input_grad
-        return (
-            torch.ops.attention.gather_project(grad, index, weight.mT) if to_y else None,
-            None,
-            torch.ops.attention.gather_outer(grad, index, y).mT if to_weight else None,
-            None,
-        )
+        y, index, gate, weight = ctx.saved_tensors
+        to_y, _, to_gate, to_weight, _ = ctx.needs_input_grad
+        dy = dgate = dweight = None
+        if to_y or to_gate:
+            gated = torch.ops.attention.gather_project(grad, index, weight.mT)  # the gradient of gate * y
+            wide = gated.to(torch.promote_types(gate.dtype, y.dtype))
+            dgate = (wide * y).sum(-1).masked_fill(index < 0, 0.0).to(gate.dtype)
+            dy = gated * gate.masked_fill(index < 0, 0.0)[..., None].to(y.dtype)
+        if to_weight:
+            dweight = torch.ops.attention.gather_outer(grad, index, y, gate).mT
+        return dy, None, dgate, dweight, None
 
 
 # The operators: one node each for FLOP counts and compile.
 
 _library = torch.library.Library("attention", "FRAGMENT")
 _library.define("gather_project(Tensor x, Tensor index, Tensor weight) -> Tensor")
-_library.define("scatter_project(Tensor y, Tensor index, Tensor weight, int length) -> Tensor")
-_library.define("gather_outer(Tensor x, Tensor index, Tensor y) -> Tensor")
+_library.define("scatter_project(Tensor y, Tensor index, Tensor weight, int length, Tensor? gate=None) -> Tensor")
+_library.define("gather_outer(Tensor x, Tensor index, Tensor y, Tensor? gate=None) -> Tensor")
 
 
 def _gather_project(x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-    (batch, heads, count), width = index.shape, weight.shape[2]
-    out = x.new_empty(heads, batch * count, width)
-    rows, place = _with_nobody(x), _places(index, x.shape[1])
-    for some in _some_heads(index, x.shape[2]):
-        torch.bmm(_gather(rows, place[some]), weight[some], out=out[some])
-    return out.unflatten(1, (batch, count)).transpose(0, 1)
+    (batch, heads, places), width = index.shape, weight.shape[2]
+    out = x.new_empty(heads, batch, places, width)
+    tokens = _with_nobody(x)
+    for block in _blocks(index, x):
+        mine = out[block.heads, block.rows]
+        product = torch.bmm(block.take(tokens), weight[block.heads])
+        mine[:, :, : block.places].copy_(product.view(*mine.shape[:2], block.places, width))
+        mine[:, :, block.places :] = 0.0
+    return out.transpose(0, 1)
 
 
-def _scatter_project(y: Tensor, index: Tensor, weight: Tensor, length: int) -> Tensor:
+def _scatter_project(y: Tensor, index: Tensor, weight: Tensor, length: int, gate: Tensor | None = None) -> Tensor:
     batch, width = y.shape[0], weight.shape[2]
     wide = torch.promote_types(y.dtype, torch.float32)
     total = y.new_zeros(batch * length + 1, width, dtype=wide)  # the last row collects what nobody gets
-    by_head, place = y.transpose(0, 1).flatten(1, 2), _places(index, length)
-    for some in _some_heads(index, width):
-        for values, of_head in zip(torch.bmm(by_head[some], weight[some]), place[some]):
-            total.index_add_(
-                0, of_head, values.to(wide)
-            )  # one head at a time: no token stands twice, so their order is free
+    for block in _blocks(index, total[:-1].view(batch, length, width)):
+        product = torch.bmm(block.values(y, gate), weight[block.heads])
+        for values, token in zip(product, block.token):  # inside one head no token stands twice: any order will do
+            total.index_add_(0, token, values.to(wide))
     return total[:-1].unflatten(0, (batch, length)).to(y.dtype)
 
 
-def _gather_outer(x: Tensor, index: Tensor, y: Tensor) -> Tensor:
+def _gather_outer(x: Tensor, index: Tensor, y: Tensor, gate: Tensor | None = None) -> Tensor:
     """The gradient of a matrix: the sum over a head's places of token times y, [H, d, m]."""
-    by_head = y.transpose(0, 1).flatten(1, 2)
-    out = x.new_empty(index.shape[1], x.shape[2], y.shape[3])
-    rows, place = _with_nobody(x), _places(index, x.shape[1])
-    for some in _some_heads(index, x.shape[2]):
-        torch.bmm(_gather(rows, place[some]).mT, by_head[some], out=out[some])
-    return out
+    wide = torch.promote_types(x.dtype, torch.float32)
+    total = x.new_zeros(index.shape[1], x.shape[2], y.shape[3], dtype=wide)
+    tokens = _with_nobody(x)
+    for block in _blocks(index, x):
+        total[block.heads] += torch.bmm(block.take(tokens).mT, block.values(y, gate))
+    return total.to(x.dtype)
+
+
+class _Block(NamedTuple):
+    """Lists whose tokens exist together.
+
+    token [h, R c]: the rows of the batch laid end to end, and one more for nobody; empty [R, h, c]: who is nobody, None
+    if all are somebody.
+    """
+
+    rows: slice
+    heads: slice
+    places: int
+    token: Tensor
+    empty: Tensor | None
+
+    def take(self, tokens: Tensor) -> Tensor:
+        """Of all tokens those of the lists, [h, R c, d]."""
+        return tokens.index_select(0, self.token.flatten()).unflatten(0, self.token.shape)
+
+    def values(self, y: Tensor, gate: Tensor | None) -> Tensor:
+        """What stands in y [B, H, n, m] for the lists, gated: [h, R c, m]; 0 where nobody was chosen."""
+        mine = y[self.rows, self.heads, : self.places]
+        if gate is not None:
+            mine = mine * gate[self.rows, self.heads, : self.places, None].to(y.dtype)
+        if self.empty is not None:
+            mine = mine.masked_fill(self.empty[..., None], 0.0)
+        return mine.transpose(0, 1).flatten(1, 2)
+
+
+def _blocks(index: Tensor, x: Tensor) -> Iterator[_Block]:
+    """All lists, in the order of the heads, a few at a time: of tokens of x [B, T, d] AT_ONCE numbers or, on a device
+    that is told of every step, as many as x has; but one list at least."""
+    (batch, heads, places), (_, length, width) = index.shape, x.shape
+    nobody = index < 0
+    begin = length * torch.arange(batch, device=index.device)[:, None, None]
+    token = torch.where(nobody, batch * length, index + begin)
+    used = _used_places(nobody)
+    numbers = AT_ONCE if x.device.type == "cpu" else max(AT_ONCE, x.numel())
+    lists = max(1, numbers // max(1, places * width))
+    heads_at_once, rows_at_once = max(1, lists // batch), min(batch, lists)
+    for head in range(0, heads, heads_at_once):
+        for row in range(0, batch, rows_at_once):
+            some = slice(row, row + rows_at_once), slice(head, head + heads_at_once)
+            most = max((n for of_row in used[some[0]] for n in of_row[some[1]]), default=0)
+            here = (*some, slice(most))
+            empty = nobody[here]
+            filled = empty.device.type == "cpu" and not bool(empty.any())
+            yield _Block(*some, most, token[here].transpose(0, 1).flatten(1), None if filled else empty)
+
+
+def _used_places(nobody: Tensor) -> list[list[int]]:
+    """Of each list [B, H, n] the places up to its last token. Where to look would mean to wait for the device: all."""
+    batch, heads, places = nobody.shape
+    if nobody.device.type != "cpu":
+        return [[places] * heads] * batch
+    number = torch.arange(1, places + 1).expand(nobody.shape)
+    return F.pad(number.masked_fill(nobody, 0), (1, 0)).amax(-1).tolist()
 
 
 def _with_nobody(x: Tensor) -> Tensor:
-    """[B, T, d] -> [B T + 1, d]: all rows, and one of zeros for who was not chosen."""
+    """[B, T, d] -> [B T + 1, d]: all tokens, and one of zeros for who was not chosen."""
     return torch.cat([x.flatten(0, 1), x.new_zeros(1, x.shape[2])])
-
-
-def _places(index: Tensor, length: int) -> Tensor:
-    """[B, H, n] -> [H, B n], numbers of rows of all sequences laid end to end; behind the last one stands nobody."""
-    batch = index.shape[0]
-    begin = length * torch.arange(batch, device=index.device)[:, None, None]
-    return torch.where(index < 0, batch * length, index + begin).transpose(0, 1).flatten(1)
-
-
-def _gather(rows: Tensor, place: Tensor) -> Tensor:
-    """[rows, d] by [h, n] -> [h, n, d]."""
-    return rows.index_select(0, place.flatten()).unflatten(0, place.shape)
-
-
-def _some_heads(index: Tensor, width: int) -> Iterator[slice]:
-    """Ranges of heads whose tokens may exist together."""
-    batch, heads, count = index.shape
-    step = max(1, AT_ONCE // max(1, batch * count * width))
-    return (slice(first, first + step) for first in range(0, heads, step))
 
 
 _library.impl("gather_project", _gather_project, "CompositeExplicitAutograd")
@@ -155,12 +201,12 @@ def _fake_gather_project(x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("attention::scatter_project", lib=_library)
-def _fake_scatter_project(y: Tensor, index: Tensor, weight: Tensor, length: int) -> Tensor:
+def _fake_scatter_project(y: Tensor, index: Tensor, weight: Tensor, length: int, gate: Tensor | None = None) -> Tensor:
     return y.new_empty(y.shape[0], length, weight.shape[2])
 
 
 @torch.library.register_fake("attention::gather_outer", lib=_library)
-def _fake_gather_outer(x: Tensor, index: Tensor, y: Tensor) -> Tensor:
+def _fake_gather_outer(x: Tensor, index: Tensor, y: Tensor, gate: Tensor | None = None) -> Tensor:
     return x.new_empty(index.shape[1], x.shape[2], y.shape[3])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import statistics
@@ -63,15 +64,21 @@ def peak_bytes(run: Callable[[], Any], device: torch.device = CPU) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         run()
         return torch.cuda.max_memory_allocated(device) - before
+    return max(itertools.accumulate(_allocations(run)), default=0)
+
+
+def largest_bytes(run: Callable[[], Any]) -> int:
+    """Bytes of the largest single piece of memory that `run` asks for on the CPU: of its largest tensor."""
+    return max(_allocations(run), default=0)
+
+
+def _allocations(run: Callable[[], Any]) -> list[int]:
+    """Changes of the bytes that are held on the CPU, in the order of time."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else each start and stop is a line on stderr
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         run()
     events = seen.profiler.kineto_results.events()
-    held = peak = 0
-    for _, change in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
-        held += change
-        peak = max(peak, held)
-    return peak
+    return [change for _, change in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")]
 
 
 def environment() -> dict[str, Any]:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from attention.divisors import nearest_divisors
-from attention.mixer import MIXERS, build, nearest
+from attention.mixer import MIXERS, nearest
 from lmtrain.config.problems import Problem
 from lmtrain.config.schema import BYTE_VOCABULARY, Config
 
@@ -199,18 +198,24 @@ def _is_faulty(key: str, faulty: set[str]) -> bool:
 
 def _mixer_problems(config: Config, name: str) -> Iterator[Problem]:
     settings = dict(config.model.mixers[name])
-    kind = settings.pop("kind")
-    problems = MIXERS[kind].Config(**settings).problems(config.model.dim)
-    for setting, message in problems:
+    kind = MIXERS[settings.pop("kind")]
+    chosen = kind.Config(**settings)
+    found = chosen.problems(config.model.dim)
+    for setting, message in found:
         yield Problem("", f"model.mixers.{name}.{setting}", message)
-    if config.data.stream and not problems and _selects_ahead(kind, config.model.dim, settings):
-        message = f"model.mixers.{name} selects ahead within each segment, so it carries nothing to the next"
-        yield Problem("", "data.stream", message)
-
-
-def _selects_ahead(kind: str, dim: int, settings: dict[str, Any]) -> bool:
+    if found or not (config.data.stream or config.data.documents == "reset"):
+        return
     with torch.device("meta"):
-        return build(kind, dim, **settings).causality != "strict"
+        causality = kind.of(config.model.dim, chosen).causality
+    if causality == "strict":
+        return
+    where, instead = f"model.mixers.{name} sees all at once", "or a selection that is strict"
+    if config.data.documents == "reset":
+        message = f"reset cannot keep apart documents of which {where}; use concatenate, {instead}"
+        yield Problem("", "data.documents", message)
+    if config.data.stream:
+        message = f"carries nothing from a segment of which {where} to the next; use false, {instead}"
+        yield Problem("", "data.stream", message)
 
 
 def _listing(defined: list[str]) -> str:

@@ -274,6 +274,14 @@ class TestCarried:
             (512, 44),
         ]
 
+    @pytest.mark.parametrize("kind", ["mosa", "routing"])
+    def test_published_selections_are_not_carried_in_one_sentence(self, kind):
+        mixers = {"far": {"kind": kind, "heads": 2, "selection": "paper"}}
+        model = DecoderLM(ModelConfig(dim=16, layers=1, vocab_size=5, mixers=mixers, pattern="far"))
+        message = "^--carry: the model selects ahead within each segment; evaluate it without --carry$"
+        with pytest.raises(ValueError, match=message):
+            evaluate_carried(model, random_dataset(20, 5), seq_len=4)
+
     def test_refuses_what_cannot_be_carried(self):
         with pytest.raises(ValueError, match="selects ahead"):
             evaluate_carried(peeking_model(4), random_dataset(20), seq_len=4)

@@ -98,6 +98,26 @@ def test_a_model_that_selects_ahead_reads_everything_anew(monkeypatch):
     assert again.state_bytes == 0
 
 
+@pytest.mark.parametrize("prompt", [b"x", PROMPT])
+@pytest.mark.parametrize(
+    "mixer",
+    [
+        {"kind": "mosa", "heads": 2, "head_dim": 8, "keep": 4, "selection": "paper"},
+        {"kind": "routing", "heads": 2, "clusters": 3, "window": 4, "selection": "paper"},
+    ],
+    ids=lambda mixer: mixer["kind"],
+)
+def test_published_selections_read_the_prefix_anew(mixer, prompt):
+    """They have no state: what a token gives to the next changes with every token that comes."""
+    torch.manual_seed(0)
+    mixers = {"near": {"kind": "local", "heads": 2, "window": 4}, "far": mixer}
+    config = ModelConfig(dim=32, layers=2, ffn_dim=64, vocab_size=256, mixers=mixers, pattern="near+far")
+    model = DecoderLM(config).double().eval()
+    generation = generate(model, BYTES, prompt, length=20, temperature=0)
+    assert b"".join(generation) == by_reading_everything(model, prompt, 20)
+    assert generation.state_bytes == 0
+
+
 def test_state_holds_the_living_keys_only():
     model = decoder("near")
     generation = generate(model, BYTES, PROMPT, length=100)

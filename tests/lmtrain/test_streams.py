@@ -142,7 +142,10 @@ def test_a_fork_with_another_batch_is_refused_in_words(tmp_path: Path) -> None:
             "data.stream=true: carries states, which train.activation_checkpointing",
         ),
         (["train.compile=true"], "data.stream=true: carries states, which train.compile"),
-        (["model.mixers.far={kind: mosa, selection: paper}"], "data.stream=true: model.mixers.far selects ahead"),
+        (
+            ["model.mixers.far={kind: mosa, selection: paper}"],
+            "data.stream=true: carries nothing from a segment of which model.mixers.far sees",
+        ),
         (["data.carry=0"], "data.carry=0: must be >= 1"),
         (["data.seq_len=1024", "train.batch_tokens=8192"], "data.stream=true: the 8 rows of a step read a lane of"),
     ],

@@ -1,31 +1,50 @@
-"""Projections of chosen tokens against loops over their lists."""
+"""Projections of chosen tokens against loops over their lists, and against those of all tokens, masked."""
 
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from attention.ops import project
 from attention.ops.project import gather_project, scatter_project
 from attention.ops.select import listed
+from lmtrain.bench.measure import largest_bytes
 
 B, T, H, D, M = 2, 20, 3, 7, 4  # M: width of a head
 
 
-@pytest.fixture(params=[1, 2, 3])
+@pytest.fixture(params=[1, 2, 4, 6, "padded"])
 def at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """How many heads' tokens exist together."""
-    monkeypatch.setattr(project, "AT_ONCE", request.param * B * lists().shape[2] * D)
+    """How many lists' tokens exist together: of a row, of all rows, of some heads or all; and not knowing of ends."""
+    if request.param == "padded":
+        monkeypatch.setattr(project, "_used_places", lambda nobody: [[nobody.shape[2]] * H] * B)
+    else:
+        monkeypatch.setattr(project, "AT_ONCE", request.param * lists().shape[2] * D)
 
 
-def lists(share: float = 0.4) -> Tensor:
-    """[B, H, n] of random tokens; lists of unequal lengths, one of them empty."""
+def some(share: float = 0.4) -> Tensor:
+    """[B, H, T], of unequal numbers, in one list none."""
     chosen = torch.rand(B, H, T, generator=torch.Generator().manual_seed(0)) < share
     chosen[0, 1] = False
-    return listed(chosen)
+    return chosen
+
+
+def lists() -> Tensor:
+    """[B, H, n] of random tokens."""
+    return listed(some())
+
+
+CHOICES = {
+    "some": some,
+    "a head without tokens": lambda: some() & (torch.arange(H) != 1)[:, None],
+    "a head with all": lambda: some() | (torch.arange(H) == 2)[:, None],
+    "all": lambda: torch.ones(B, H, T, dtype=torch.bool),
+    "one token": lambda: (torch.arange(T) == 6).expand(B, H, T),
+    "nobody": lambda: torch.zeros(B, H, T, dtype=torch.bool),
+}
+each_choice = pytest.mark.parametrize("choose", CHOICES.values(), ids=CHOICES.keys())
 
 
 def leaves(*shapes: tuple[int, ...]) -> list[Tensor]:
@@ -71,6 +90,45 @@ def test_gathered(at_once: None) -> None:
 def test_scattered(at_once: None) -> None:
     index = lists()
     y, gate, weight = inputs = leaves((B, H, index.shape[2], M), (B, H, index.shape[2]), (H, M, D))
+    assert_same(scatter_project(y, index, gate, weight, T), scattered_by_loops(y, index, gate, weight), inputs)
+
+
+@each_choice
+def test_a_list_is_projected_as_all_tokens_are(choose: Callable[[], Tensor], at_once: None) -> None:
+    chosen, (x, weight) = choose(), leaves((B, T, D), (H, D, M))
+    index = listed(chosen)
+    out = gather_project(x, index, weight)
+    everyone = torch.einsum("btd,hdm->bhtm", x, weight)
+    assert not out[index < 0].any()
+    assert_same(out[index >= 0], everyone[chosen], [x, weight])
+
+
+@each_choice
+def test_back_at_their_tokens_the_heads_are_summed(choose: Callable[[], Tensor], at_once: None) -> None:
+    """Whatever stands behind the end of a list, in values or gates, even if it is no number: in gradients, too."""
+    chosen, (y, gate, weight) = choose(), leaves((B, H, T, M), (B, H, T), (H, M, D))
+    index = listed(chosen)
+    place, nobody = index.clamp(min=0), index < 0
+    spoilt, gates = (t.detach().take_along_dim(i, 2) for t, i in ((y, place[..., None]), (gate, place)))
+    spoilt.masked_fill_(nobody[..., None], torch.nan).requires_grad_()
+    gates.masked_fill_(nobody, torch.inf).requires_grad_()
+    out = scatter_project(spoilt, index, gates, weight, T)
+    expected = torch.einsum("bhtm,hmd->btd", (y * gate[..., None]) * chosen[..., None], weight)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-13)
+    weights = torch.randn_like(out)
+    ours = torch.autograd.grad((out * weights).sum(), [spoilt, gates, weight])
+    theirs = torch.autograd.grad((expected * weights).sum(), [y, gate, weight])
+    for a, b in zip(ours[:2], theirs[:2], strict=True):
+        assert not a[nobody].any()
+        torch.testing.assert_close(a[~nobody], b[chosen], rtol=0, atol=1e-12)
+    torch.testing.assert_close(ours[2], theirs[2], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("nobody", [0, 2, 7])
+def test_nobody_may_stand_anywhere(nobody: int) -> None:
+    index = torch.arange(8).expand(B, H, 8).clone()
+    index[:, 1, nobody] = -1
+    y, gate, weight = inputs = leaves((B, H, 8, M), (B, H, 8), (H, M, D))
     assert_same(scatter_project(y, index, gate, weight, T), scattered_by_loops(y, index, gate, weight), inputs)
 
 
@@ -132,30 +190,18 @@ def test_autocast_rounds_as_a_linear_layer_does() -> None:
     assert all(g.dtype == torch.float32 and g.isfinite().all() for g in grads)
 
 
-class Largest(TorchDispatchMode):
-    """Numbers in the largest tensor that an operation returned."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numbers = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for t in out if isinstance(out, tuple | list) else (out,):
-            self.numbers = max(self.numbers, t.numel() if isinstance(t, Tensor) else 0)
-        return out
-
-
 def test_the_tokens_of_all_heads_never_exist_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(project, "AT_ONCE", 2**16)
     heads, places, dim, width = 64, 100, 256, 4
     index = torch.arange(places).expand(1, heads, -1)
     x, weight, y = torch.randn(1, places, dim), torch.randn(heads, dim, width), torch.randn(1, heads, places, width)
-    with Largest() as seen:
-        project._gather_project(x, index, weight)
-        project._scatter_project(y, index, weight.mT, places)
-        project._gather_outer(x, index, y)
-    assert heads * places * width <= seen.numbers <= 2**17 < heads * places * dim
+    calls = (
+        lambda: project._gather_project(x, index, weight),
+        lambda: project._scatter_project(y, index, weight.mT, places, torch.rand(index.shape)),
+        lambda: project._gather_outer(x, index, y),
+    )
+    for call in calls:
+        assert places * dim <= largest_bytes(call) // 4 <= 2**17 < heads * places * dim
 
 
 def test_flops_count_the_chosen_only() -> None:
@@ -177,7 +223,9 @@ def test_the_operators_are_what_they_say() -> None:
     for operator, args in (
         (operators.gather_project, (x, index, weight)),
         (operators.scatter_project, (y, index, back, T)),
+        (operators.scatter_project, (y, index, back, T, torch.rand(index.shape))),
         (operators.gather_outer, (x, index, y)),
+        (operators.gather_outer, (x, index, y, torch.rand(index.shape))),
     ):
         torch.library.opcheck(operator.default, args, test_utils=("test_schema", "test_faketensor"))
 
@@ -202,3 +250,9 @@ def test_scattered_shapes_are_checked() -> None:
     index = lists()
     with pytest.raises(ValueError, match="y: expected shape"):
         scatter_project(torch.zeros(B, H, 1, M), index, torch.ones(index.shape), torch.zeros(H, M, D), T)
+
+
+def test_scattered_gates_are_checked() -> None:
+    index = lists()
+    with pytest.raises(ValueError, match=r"gate: expected shape \(2, 3, \d+\) as index, got \(2, 3\)"):
+        scatter_project(torch.zeros(*index.shape, M), index, torch.ones(B, H), torch.zeros(H, M, D), T)

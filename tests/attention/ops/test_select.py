@@ -190,3 +190,11 @@ def test_lists_of_the_chosen() -> None:
     assert listed(chosen).tolist() == [[[1, 3, 4], [-1] * 3], [[0, -1, -1], [1, 2, -1]]]
     assert listed(chosen[:1, 1:]).shape == (1, 1, 0)
     assert listed(chosen[..., :0]).shape == (2, 2, 0)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
+def test_lists_hold_the_chosen_in_their_order(share: float) -> None:
+    chosen = torch.rand(3, 4, 11) < share
+    lists = [[[t for t in range(11) if mine[t]] for mine in row] for row in chosen]
+    longest = max(len(mine) for row in lists for mine in row)
+    assert listed(chosen).tolist() == [[mine + [-1] * (longest - len(mine)) for mine in row] for row in lists]

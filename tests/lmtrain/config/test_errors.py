@@ -186,6 +186,48 @@ def test_a_mixer_default_has_the_place_of_its_mixer(base: Path) -> None:
     assert line.startswith("base.yaml:10  model.mixers.far.heads: heads 8 does not divide dim 60")
 
 
+MIXERS_THAT_CHOOSE = """\
+    few: {kind: mosa, keep: 0}
+    first: {kind: mosa, keep: 1}
+    ring:
+      kind: routing
+      clusters: 0
+      window: -1
+      decay: 1.5
+      commitment: -0.1
+    heads: {kind: moh, heads: 4, shared_heads: 1, active_heads: 4, balance: -1}
+    more: {kind: moh, heads: 4, shared_heads: 1, active_heads: 4}
+"""
+
+
+def test_mixers_that_choose_are_checked_all_at_once(base: Path) -> None:
+    """Numbers out of range first, each in its line; what does not fit together in mixers without such."""
+    text = BASE.replace("  pattern: near far\n", MIXERS_THAT_CHOOSE + "  pattern: near few+first ring heads more\n")
+    base.write_text(text)
+    assert problems(base) == [
+        "base.yaml:13  model.mixers.few.keep=0: must be >= 1",
+        "base.yaml:14  model.mixers.first.keep=1: keep 1 must be >= 2 while include_first is true; or set it to false",
+        "base.yaml:17  model.mixers.ring.clusters=0: must be >= 1",
+        "base.yaml:18  model.mixers.ring.window=-1: must be >= 1",
+        "base.yaml:19  model.mixers.ring.decay=1.5: must be >= 0 and < 1",
+        "base.yaml:20  model.mixers.ring.commitment=-0.1: must be >= 0",
+        "base.yaml:21  model.mixers.heads.balance=-1: must be >= 0",
+        "base.yaml:22  model.mixers.more.active_heads=4: active_heads 4 exceeds heads - shared_heads = 3; nearest: 3",
+    ]
+
+
+@pytest.mark.parametrize("kind", ["mosa", "routing"])
+def test_what_sees_a_whole_row_takes_no_packed_documents(kind: str, base: Path) -> None:
+    mixer = f"model.mixers.far={{kind: {kind}, heads: 4, selection: paper}}"
+    assert problems(base, mixer, "data.documents=reset") == [
+        "command line  data.documents=reset: reset cannot keep apart documents of which model.mixers.far sees all at "
+        "once; use concatenate, or a selection that is strict"
+    ]
+    load(base, [mixer])
+    load(base, [mixer, "data.documents=reset", "model.pattern=near"])
+    load(base, [mixer.replace("paper", "strict"), "data.documents=reset"])
+
+
 def test_checks_speak_together_with_the_rest(base: Path) -> None:
     def missing(config: Config) -> Iterator[Problem]:
         yield Problem("", "data.corpus", f"nothing called {config.data.corpus} is here")
