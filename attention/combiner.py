@@ -92,10 +92,6 @@ class Combiner(SoftmaxAttention):
         """An empty state for `batch` sequences. An open block or row is held whole, also where it exceeds `limit`."""
         return SpanState(batch, self.qkv.weight.device, limit)
 
-    def turned(self, x: Tensor, clock: Clock) -> Tensor:
-        """x [B, heads, n, D], rotated by the positions of the clock's tokens."""
-        return apply_rotary(x, clock.rotary(self.head_dim, self.config.rotary)) if self.config.rotary else x
-
     def direct(self, clock: Clock, limit: int | None) -> Lifetimes:
         """`lifetimes` of the tokens, none of them longer than the limit."""
         life = self.lifetimes(clock)

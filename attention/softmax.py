@@ -114,10 +114,7 @@ class SoftmaxAttention(Mixer):
         """y [B, T, d] from x [B, T, d]; see `Mixer.forward`."""
         clock = read_clock(x, ctx, None if state is None else state.stream)
         q, k, v = self.project(x)
-        if self.config.rotary:
-            table = clock.rotary(self.head_dim, self.config.rotary)
-            q, k = apply_rotary(q, table), apply_rotary(k, table)
-        out = self.mix(q, k, v, clock, state)
+        out = self.mix(self.turned(q, clock), self.turned(k, clock), v, clock, state)
         if state is not None:
             state.advance(clock)
         return MixerOutput(self.output(out.transpose(1, 2).flatten(2)), {})
@@ -128,6 +125,10 @@ class SoftmaxAttention(Mixer):
         widths = [heads * self.head_dim for heads in (self.heads, self.kv_heads, self.kv_heads)]
         q, k, v = map(self._heads, self.qkv(x).split(widths, -1))
         return q, k, v
+
+    def turned(self, x: Tensor, clock: Clock) -> Tensor:
+        """x [B, heads, n, D], rotated by the positions of the clock's tokens."""
+        return apply_rotary(x, clock.rotary(self.head_dim, self.config.rotary)) if self.config.rotary else x
 
     def _heads(self, x: Tensor) -> Tensor:
         """[B, T, heads * D] -> [B, heads, T, D]."""
