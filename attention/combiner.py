@@ -86,7 +86,7 @@ class Combiner(SoftmaxAttention):
         assert state is None or isinstance(state, SpanState)
         clock = read_clock(x, ctx, None if state is None else state.stream)
         out = self.meet(x, *self.project(x), clock, state)
-        return MixerOutput(self.output(out.transpose(1, 2).flatten(2)), {})
+        return MixerOutput(self.merged(out), {})
 
     def init_state(self, batch: int, limit: int | None = None) -> SpanState:
         """An empty state for `batch` sequences. An open block or row is held whole, also where it exceeds `limit`."""

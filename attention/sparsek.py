@@ -10,6 +10,7 @@ Shapes: B batch, G key heads, H = G r query heads, T new tokens, N tokens with t
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +25,6 @@ from attention.mixer import (
     MixerOutput,
     init_fan_in,
     no_weight_decay,
-    parameter_count,
     register,
     setting,
     wide_linear,
@@ -32,7 +32,7 @@ from attention.mixer import (
 from attention.ops.attend import attend
 from attention.ops.merge import merge
 from attention.ops.sparsek import sparsek_threshold
-from attention.softmax import AttentionConfig, SoftmaxAttention
+from attention.softmax import AttentionConfig, ProjectedHeads
 
 
 @dataclass
@@ -63,7 +63,7 @@ class SparsekConfig(AttentionConfig):
 
 
 @register("sparsek")
-class Sparsek(SoftmaxAttention):
+class Sparsek(ProjectedHeads):
     """A query meets the last `window` tokens, and of the older ones those whose score exceeds a threshold, by degrees.
 
     With u = score_scale x W_u + slope position, a number for each key head, the weight of an older token j at t is
@@ -92,7 +92,7 @@ class Sparsek(SoftmaxAttention):
             state.hold(rows, leaves, clock)
         limit = None if state is None else state.limit
         out = self._meet(self.turned(q, clock), rows, tau[..., -x.shape[1] :], rows.time_of(leaves), clock, limit)
-        return MixerOutput(self.output(out.transpose(1, 2).flatten(2)), {})
+        return MixerOutput(self.merged(out), {})
 
     def scores(self, x: Tensor, clock: Clock) -> Tensor:
         """u [B, G, T] of x [B, T, d], in at least float32: rounded to 16 bits many would tie."""
@@ -130,15 +130,10 @@ class Sparsek(SoftmaxAttention):
         Pairs and state are bounds, for how many share a selection follows from the scores. A row has 8 bytes more than
         its k and v, for score and position.
         """
-        pairs = self.pairs(length)
         rows = self.kv_heads * min(length, self.config.window + self.config.most)
-        matrices = 2 * self.dim * self.head_dim * (self.heads + self.kv_heads) + self.dim * self.kv_heads
-        return Cost(
-            parameters=parameter_count(self),
-            flops=2 * length * matrices + 4 * self.head_dim * pairs,
-            pairs=pairs,
-            state_bytes=rows * (2 * self.head_dim * self.qkv.weight.element_size() + 8),
-        )
+        row = 2 * self.head_dim * self.qkv.weight.element_size() + 8
+        cost = self.cost_of(length, self.pairs(length), rows * row)
+        return dataclasses.replace(cost, flops=cost.flops + 2 * length * self.router.weight.numel())
 
     def init_state(self, batch: int, limit: int | None = None) -> Candidates:
         """Empty `Candidates` for `batch` sequences."""
@@ -208,7 +203,7 @@ class Candidates:
     def hold(self, rows: Rows, leaves: Tensor, clock: Clock) -> None:
         """The new tokens are done: move on, and hold those of all `rows` that matter later, without gradient.
 
-        leaves: as of `sparsek_threshold`. Whom the last query may meet, the next one may meet, or he decides who leaves.
+        leaves: as of `sparsek_threshold`. Whom the last query may meet the next one may, or they decide who leaves.
         """
         self.stream = clock.after(len(rows.u))
         alive = (leaves == FOREVER) & (rows.time < FOREVER)
