@@ -86,15 +86,11 @@ class Combiner(SoftmaxAttention):
         assert state is None or isinstance(state, SpanState)
         clock = read_clock(x, ctx, None if state is None else state.stream)
         out = self.meet(x, *self.project(x), clock, state)
-        return MixerOutput(self.output(out.transpose(1, 2).flatten(2)), {})
+        return MixerOutput(self.merged(out), {})
 
     def init_state(self, batch: int, limit: int | None = None) -> SpanState:
         """An empty state for `batch` sequences. An open block or row is held whole, also where it exceeds `limit`."""
         return SpanState(batch, self.qkv.weight.device, limit)
-
-    def turned(self, x: Tensor, clock: Clock) -> Tensor:
-        """x [B, heads, n, D], rotated by the positions of the clock's tokens."""
-        return apply_rotary(x, clock.rotary(self.head_dim, self.config.rotary)) if self.config.rotary else x
 
     def direct(self, clock: Clock, limit: int | None) -> Lifetimes:
         """`lifetimes` of the tokens, none of them longer than the limit."""

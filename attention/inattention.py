@@ -91,7 +91,7 @@ class InAttention(Dense):
         else:
             k, v = map(self._heads, F.linear(x0, w_kv).chunk(2, -1))
             out = self._meet_keys(q, k, v, life, clock, state)
-        return MixerOutput(self.output(out.transpose(1, 2).flatten(2)), {})
+        return MixerOutput(self.merged(out), {})
 
     def _meet_keys(
         self, q: Tensor, k: Tensor, v: Tensor, life: Lifetimes, clock: Clock, state: InitialStates | LivingKeys | None

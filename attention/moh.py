@@ -109,8 +109,7 @@ class MoH(SoftmaxAttention):
         report(ctx, lambda: self._statistics(routes))
         w_q, w_kv = self.qkv.weight.split([self.heads * self.head_dim, 2 * self.kv_heads * self.head_dim])
         k, v = map(self._heads, F.linear(x, w_kv).chunk(2, -1))
-        if self.config.rotary:
-            k = apply_rotary(k, clock.rotary(self.head_dim, self.config.rotary))
+        k = self.turned(k, clock)
         life = clock.once(self.alike, lambda: self.lifetimes(clock))
         if state is not None:
             k, v, life = state.extend(k, v, life, clock)
@@ -168,9 +167,7 @@ class MoH(SoftmaxAttention):
     def _all(self, x: Tensor, w_q: Tensor, routes: _Routes, keys: _Keys, until: int) -> Tensor:
         """What heads 0..until-1 add to y, computed for all queries."""
         width, groups = until * self.head_dim, until * self.kv_heads // self.heads
-        q = self._heads(F.linear(x, w_q[:width]))
-        if self.config.rotary:
-            q = apply_rotary(q, keys.clock.rotary(self.head_dim, self.config.rotary))
+        q = self.turned(self._heads(F.linear(x, w_q[:width])), keys.clock)
         out, _ = attend(q, keys.k[:, :groups], keys.v[:, :groups], keys.life, time=keys.clock.query_time)
         out = out * routes.gates[:, :until, :, None].to(out.dtype)
         return F.linear(out.transpose(1, 2).flatten(2), self.output.weight[:, :width])

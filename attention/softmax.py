@@ -63,8 +63,8 @@ class AttentionConfig:
         return dim // self.heads if self.head_dim is None else self.head_dim
 
 
-class SoftmaxAttention(Mixer):
-    """Softmax attention whose keys are the tokens themselves; a subclass says who meets whom, in which order.
+class ProjectedHeads(Mixer):
+    """The weights of softmax attention whose keys are the tokens themselves.
 
     q = x W_q, k = x W_k, v = x W_v (rows of `qkv`, in this order, head after head), y = concat(heads) W_o, no biases;
     matrices start at N(0, 1 / fan_in).
@@ -72,8 +72,6 @@ class SoftmaxAttention(Mixer):
     """
 
     Config = AttentionConfig
-    some_immortal: ClassVar[bool] = False
-    """Some rows live to the end of their document and others do not: they are a generation of their own."""
 
     def __init__(self, dim: int, config: Any) -> None:
         super().__init__()
@@ -87,6 +85,42 @@ class SoftmaxAttention(Mixer):
         self.qkv = init_fan_in(nn.Linear(dim, rows, bias=False))
         self.output = init_fan_in(nn.Linear(self.heads * self.head_dim, dim, bias=False))
         residual_output(self.output.weight)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q [B, H, T, D] and k, v [B, G, T, D] of x [B, T, d], not rotated."""
+        # Split before the heads part: the gradients of the three are then joined along contiguous rows.
+        widths = [heads * self.head_dim for heads in (self.heads, self.kv_heads, self.kv_heads)]
+        q, k, v = map(self._heads, self.qkv(x).split(widths, -1))
+        return q, k, v
+
+    def turned(self, x: Tensor, clock: Clock) -> Tensor:
+        """x [B, heads, n, D], rotated by the positions of the clock's tokens."""
+        return apply_rotary(x, clock.rotary(self.head_dim, self.config.rotary)) if self.config.rotary else x
+
+    def merged(self, out: Tensor) -> Tensor:
+        """y [B, T, d] of the outputs of the heads [B, H, T, D]."""
+        y: Tensor = self.output(out.transpose(1, 2).flatten(2))
+        return y
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """[B, T, heads * D] -> [B, heads, T, D]."""
+        return x.view(*x.shape[:2], x.shape[2] // self.head_dim, self.head_dim).transpose(1, 2)
+
+    def cost_of(self, length: int, pairs: int, state_bytes: int) -> Cost:
+        """parameters 2dD(H+G), flops 4TdD(H+G) + 4D pairs, and the state that was stated."""
+        matrices = 2 * self.dim * self.head_dim * (self.heads + self.kv_heads)
+        flops = 2 * length * matrices + 4 * self.head_dim * pairs
+        return Cost(parameter_count(self), flops, pairs, state_bytes)
+
+
+class SoftmaxAttention(ProjectedHeads):
+    """Softmax attention of one call whose keys have lifetimes; a subclass says who meets whom, in which order."""
+
+    some_immortal: ClassVar[bool] = False
+    """Some rows live to the end of their document and others do not: they are a generation of their own."""
+
+    def __init__(self, dim: int, config: Any) -> None:
+        super().__init__(dim, config)
         self.alike = (type(self), self.kv_heads, repr(config))  # layers that share this share lifetimes
 
     @abstractmethod
@@ -114,24 +148,10 @@ class SoftmaxAttention(Mixer):
         """y [B, T, d] from x [B, T, d]; see `Mixer.forward`."""
         clock = read_clock(x, ctx, None if state is None else state.stream)
         q, k, v = self.project(x)
-        if self.config.rotary:
-            table = clock.rotary(self.head_dim, self.config.rotary)
-            q, k = apply_rotary(q, table), apply_rotary(k, table)
-        out = self.mix(q, k, v, clock, state)
+        out = self.mix(self.turned(q, clock), self.turned(k, clock), v, clock, state)
         if state is not None:
             state.advance(clock)
-        return MixerOutput(self.output(out.transpose(1, 2).flatten(2)), {})
-
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q [B, H, T, D] and k, v [B, G, T, D] of x [B, T, d], not rotated."""
-        # Split before the heads part: the gradients of the three are then joined along contiguous rows.
-        widths = [heads * self.head_dim for heads in (self.heads, self.kv_heads, self.kv_heads)]
-        q, k, v = map(self._heads, self.qkv(x).split(widths, -1))
-        return q, k, v
-
-    def _heads(self, x: Tensor) -> Tensor:
-        """[B, T, heads * D] -> [B, heads, T, D]."""
-        return x.view(*x.shape[:2], x.shape[2] // self.head_dim, self.head_dim).transpose(1, 2)
+        return MixerOutput(self.merged(out), {})
 
     def init_state(self, batch: int, limit: int | None = None) -> LivingKeys:
         """An empty cache of living keys for `batch` sequences."""
@@ -139,17 +159,9 @@ class SoftmaxAttention(Mixer):
 
     def cost(self, length: int) -> Cost:
         """parameters 2dD(H+G), flops 4TdD(H+G) + 4D pairs, state = rows of the past that outlive it."""
-        pairs = self.pairs(length)
         kept = self.lifetimes(Clock.plain(length, torch.device("cpu"))).death > length
         rows = int(kept.expand(1, self.kv_heads, length).sum())
-        matrices = 2 * self.dim * self.head_dim * (self.heads + self.kv_heads)
-        itemsize = self.qkv.weight.element_size()
-        return Cost(
-            parameters=parameter_count(self),
-            flops=2 * length * matrices + 4 * self.head_dim * pairs,
-            pairs=pairs,
-            state_bytes=rows * 2 * self.head_dim * itemsize,
-        )
+        return self.cost_of(length, self.pairs(length), rows * 2 * self.head_dim * self.qkv.weight.element_size())
 
 
 class TokenAttention(SoftmaxAttention):

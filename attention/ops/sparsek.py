@@ -9,6 +9,8 @@ Legend of shapes: B batch, G key heads, N tokens; R = B G lists; Q queries of a 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +20,8 @@ from torch import Tensor
 from attention.lifetimes import FOREVER
 from attention.ops.select import streaming_top_k
 
-CHUNK = 64  # queries that share one sorted list of candidates
+CHUNK = 64  # tokens that share one sorted list of candidates
+AT_ONCE = 2**20  # numbers in the largest tensor: 8 MiB
 
 
 def sparsek_threshold(
@@ -45,10 +48,10 @@ def sparsek_threshold(
     if keep < 1 or candidates < keep or delay < 0:
         raise ValueError(f"expected 1 <= keep <= candidates and delay >= 0, got {keep}, {candidates} and {delay}")
     number = u.shape[-1]
-    document = torch.zeros_like(u, dtype=torch.int64) if start is None else start.expand(u.shape).contiguous()
+    document = torch.zeros(u.shape, dtype=torch.int64, device=u.device) if start is None else start.expand(u.shape).contiguous()
     end = torch.searchsorted(document, document, right=True)
-    left = torch.minimum(streaming_top_k(u, candidates, start=None if start is None else document), end)
-    tau, death = _Threshold.apply(u, left, end, keep, candidates)
+    left = streaming_top_k(u, candidates, start=None if start is None else document)
+    tau, death = _Threshold.apply(u, left, document, end, keep, candidates)
     if delay:
         tau = F.pad(tau, (delay, 0), value=-torch.inf)[..., :number]
         before = F.pad(document, (delay, 0), value=-2)[..., :number]
@@ -61,10 +64,12 @@ class _Threshold(torch.autograd.Function):
     """Without delay: tau [B, G, N], and the token at which each one dies, at most the end of its document."""
 
     @staticmethod
-    def forward(ctx: Any, u: Tensor, left: Tensor, end: Tensor, keep: int, candidates: int) -> tuple[Tensor, Tensor]:
-        tau = _thresholds(u.flatten(0, 1), left.flatten(0, 1), keep, candidates).view(u.shape)
+    def forward(
+        ctx: Any, u: Tensor, left: Tensor, document: Tensor, end: Tensor, keep: int, candidates: int
+    ) -> tuple[Tensor, Tensor]:
+        tau = _thresholds(*(t.flatten(0, 1) for t in (u, left, document)), keep, candidates).view(u.shape)
         token = torch.arange(u.shape[-1], device=u.device).expand(u.shape)
-        death = _first(tau, u, token, left, reached=True)
+        death = _first(tau, u, token, torch.minimum(left, end), reached=True)
         ctx.save_for_backward(u, tau, death)
         ctx.mark_non_differentiable(death)
         return tau, death
@@ -82,74 +87,190 @@ class _Threshold(torch.autograd.Function):
         inside = steps.scatter_add(-1, begin, ones).scatter_add(-1, death, -ones).cumsum(-1)[..., :-1]
         share = torch.where(inside > 0, grad.double() / inside.clamp(min=1), 0.0)
         total = F.pad(share.cumsum(-1), (1, 0))
-        return (total.gather(-1, death) - total.gather(-1, begin)).to(u.dtype), None, None, None, None
+        return (total.gather(-1, death) - total.gather(-1, begin)).to(u.dtype), None, None, None, None, None
 
 
 def _first(tau: Tensor, bound: Tensor, low: Tensor, high: Tensor, *, reached: bool) -> Tensor:
     """The first token from `low` on at which tau >= bound (reached) or tau > bound, `high` if none before it."""
-    high = torch.maximum(low, high)
-    for _ in range(tau.shape[-1].bit_length()):
+    last = tau.shape[-1] - 1
+
+    def passed(token: Tensor) -> Tensor:
+        there = tau.gather(-1, token.clamp(max=last))
+        return there >= bound if reached else there > bound
+
+    return _search(passed, low, torch.maximum(low, high), last + 1)
+
+
+def _search(true: Callable[[Tensor], Tensor], low: Tensor, high: Tensor, span: int) -> Tensor:
+    """The first number from `low` on, at most `span` behind it, of which it is true; `high` if of none before that."""
+    for _ in range(span.bit_length()):
         middle = (low + high) >> 1
-        there = tau.gather(-1, middle.clamp(max=tau.shape[-1] - 1))
-        found = (there >= bound if reached else there > bound) | (middle >= high)
+        found = true(middle) | (middle >= high)
         low, high = torch.where(found, low, middle + 1), torch.where(found, middle, high)
     return high
 
 
-def _thresholds(u: Tensor, left: Tensor, keep: int, candidates: int) -> Tensor:
-    """tau [R, N] of u [R, N], where token j is a candidate from j until `left` [R, N]."""
-    tau = torch.empty_like(u)
-    value = u.double()
+# The thresholds. At each token one comes to the candidates, and if there are as many as there may be, one leaves. So
+# in a chunk of tokens the candidates of each one are those at the chunk's begin, sorted once, and a few changes.
+
+
+def _thresholds(u: Tensor, left: Tensor, document: Tensor, keep: int, candidates: int) -> Tensor:
+    """tau [R, N] of u [R, N], where token j is a candidate from j until `left` [R, N], or its document's end."""
     rows, number = u.shape
-    token = torch.arange(number, device=u.device).expand(rows, -1)
-    held = [value[:, :0], token[:, :0], left[:, :0]]
-    for begin in range(0, number, CHUNK):
-        here = slice(begin, min(begin + CHUNK, number))
-        held = [torch.cat([old, new[:, here]], 1) for old, new in zip(held, (value, token, left))]
-        tau[:, here] = _solve(held[0], held[1], held[2], token[:, here], keep).to(tau.dtype)
-        alive = held[2] > here.stop
-        order = (~alive).to(torch.int8).argsort(dim=1, stable=True)[:, :candidates]
-        held = [t.gather(1, order) for t in held]
-    return tau
+    candidates = min(candidates, number)
+    filled = -number % CHUNK
+    value = F.pad(u.double(), (0, filled))
+    document = F.pad(document, (0, filled), value=FOREVER)
+    seats = _Seats.of(F.pad(left, (0, filled), value=FOREVER), document, candidates)
+    chunks = max(1, AT_ONCE // (rows * max(2 * CHUNK * CHUNK, candidates + CHUNK)))
+    tau = []
+    for begin in range(0, number, chunks * CHUNK):
+        some = _Chunks.of(value, document, seats, begin, min(begin + chunks * CHUNK, number + filled))
+        tau.append(some.thresholds(keep).flatten(1, 2))
+    return torch.cat(tau, 1)[:, :number].to(u.dtype)
 
 
-def _solve(value: Tensor, born: Tensor, left: Tensor, query: Tensor, keep: int) -> Tensor:
-    """tau [R, Q] of queries [R, Q]: f(tau) = sum of clip(value - tau, 0, 1) = keep over the candidates, [R, M] each.
+@dataclass
+class _Seats:
+    """Who takes the seat of whom among the candidates: [R, N] of tokens.
 
-    f falls, and is linear between the points value and value - 1: search the piece where it passes `keep`.
+    leaver   the token that leaves when this one comes, itself if it is outranked at once, -1 if nobody
+    seat     0..candidates-1; `candidates` of those that are outranked at once
+    taken    [R, candidates + 1]: the last token that took each seat, as far as `bases` has come; -1 before the first
     """
-    value, order = value.sort(dim=1, descending=True)
-    born, left = born.gather(1, order), left.gather(1, order)
-    met = (born[:, None] <= query[..., None]) & (query[..., None] < left[:, None])
-    count = F.pad(met.cumsum(2), (1, 0))  # among the first m
-    total = F.pad((met * value[:, None]).cumsum(2), (1, 0))
-    ascending = value.flip(1).contiguous()
 
-    def above(x: Tensor) -> tuple[Tensor, Tensor]:
-        """How many candidates of each query are larger than x [R, Q], and their sum."""
-        place = value.shape[1] - torch.searchsorted(ascending, x.contiguous(), right=True)
-        return count.gather(2, place[..., None])[..., 0], total.gather(2, place[..., None])[..., 0]
+    leaver: Tensor
+    seat: Tensor
+    taken: Tensor
 
-    points = torch.cat([value, value - 1], 1).sort(dim=1).values
-    low, high = torch.zeros_like(query), torch.full_like(query, points.shape[1] - 1)  # the last point has f = 0
-    for _ in range(points.shape[1].bit_length()):
-        middle = (low + high) >> 1
-        x = points.gather(1, middle)
-        (some, their), (full, sums) = above(x), above(x + 1)
-        larger = (their - x * some) - (sums - (x + 1) * full) > keep
-        low, high = torch.where(larger, middle + 1, low), torch.where(larger, high, middle)
-        low = torch.minimum(low, high)
-    between = (points.gather(1, high) + points.gather(1, (high - 1).clamp(min=0))) / 2
-    (some, their), (full, sums) = above(between), above(between + 1)
-    tau = (their - sums + full - keep) / (some - full).clamp(min=1)
+    @staticmethod
+    def of(left: Tensor, document: Tensor, candidates: int) -> _Seats:
+        rows, number = left.shape
+        token = torch.arange(number, device=left.device).expand(rows, -1)
+        # Who leaves with the document has a seat that nobody takes over.
+        over = torch.where(left < number, left, number)
+        leaver = F.pad(torch.full_like(token, -1), (0, 1), value=-1).scatter_(1, over, token)[:, :number]
+        root = torch.where(leaver < 0, token, leaver)
+        for _ in range(number.bit_length()):  # to the one who leaves, to the one who left for them, ..
+            root = root.gather(1, root)
+        seat = root - torch.searchsorted(document, document)
+        seat = torch.where((leaver == token) | (seat >= candidates), candidates, seat)
+        return _Seats(leaver, seat, token.new_full((rows, candidates + 1), -1))
 
-    number = count[..., -1]
-    last, next_ = (_nth(count, value, n) for n in (keep, keep + 1))
-    tau = torch.where(last - next_ >= 1, (last - 1 + next_) / 2, tau)
-    return tau.masked_fill(number <= keep, -torch.inf)
+    def bases(self, begin: int, end: int) -> Tensor:
+        """The tokens [R, chunks, candidates] that sit where each chunk of begin..end-1 begins, -1 for none."""
+        rows, places = self.taken.shape
+        chunks = (end - begin) // CHUNK
+        token = torch.arange(begin, end, device=self.seat.device).expand(rows, -1)
+        cell = ((token - begin) // CHUNK + 1) * places + self.seat[:, begin:end]
+        table = F.pad(self.taken, (0, chunks * places), value=-1).scatter_reduce_(1, cell, token, "amax")
+        table = table.view(rows, chunks + 1, places).cummax(1).values
+        self.taken = table[:, -1]
+        return table[:, :-1, :-1]
 
 
-def _nth(count: Tensor, value: Tensor, n: int) -> Tensor:
-    """The n-th largest candidate of each query [R, Q]; the least of all where there are fewer."""
-    place = (count[..., 1:] < n).sum(2).clamp(max=value.shape[1] - 1)
-    return value.gather(1, place)
+@dataclass(frozen=True, eq=False)
+class _Chunks:
+    """Chunks of C queries, and everybody who is a candidate in one: the base, who sit where it begins, and the C that
+    come; M in all, sorted. Beside the base there are 2 C changes, those that come and those that leave, sorted too.
+
+    value    [R, n, M], descending
+    base     [R, n, M + 1] and `based`: of the first m, how many are of the base, and their sum
+    since    [R, n, M + 1]: how many changes concern the first m
+    count    [R, n, C, 2 C + 1] and `total`: for each query what the first changes add to the number and the sum
+    old      [R, n, C]: 1 for the queries that meet the base, 0 where another document has begun
+    """
+
+    value: Tensor
+    base: Tensor
+    based: Tensor
+    since: Tensor
+    count: Tensor
+    total: Tensor
+    old: Tensor
+
+    @staticmethod
+    def of(value: Tensor, document: Tensor, seats: _Seats, begin: int, end: int) -> _Chunks:
+        tokens = seats.bases(begin, end)
+        rows, chunks, candidates = tokens.shape
+        documents, new = (t[:, begin:end].unflatten(1, (chunks, CHUNK)) for t in (document, value))
+        before = F.pad(document, (1, 0), value=-2)[:, begin:end:CHUNK, None]
+        flat = tokens.clamp(min=0).flatten(1)
+        sits = (tokens >= 0) & (document.gather(1, flat).view_as(tokens) == before)
+        old = torch.where(sits, value.gather(1, flat).view_as(tokens), 0.0)
+
+        sorted_, order = torch.cat([old, new], 2).sort(dim=2, descending=True)
+        sits = F.pad(sits.double(), (0, CHUNK)).gather(2, order)
+        numbers = torch.arange(order.shape[2], device=order.device).expand_as(order)
+        place = torch.empty_like(order).scatter_(2, order, numbers)
+
+        own = torch.arange(CHUNK, device=order.device)
+        leaver = seats.leaver[:, begin:end]
+        first = torch.arange(begin, end, CHUNK, device=order.device)[:, None]
+        seat = seats.seat.gather(1, leaver.clamp(min=0)).unflatten(1, (chunks, CHUNK))
+        leaver = leaver.unflatten(1, (chunks, CHUNK))
+        column = torch.where(leaver >= first, candidates + leaver - first, seat).clamp(max=candidates + CHUNK - 1)
+        concerned = torch.cat([place[:, :, candidates:], place.gather(2, column)], 2)
+        sign = torch.cat([torch.ones_like(new), -(leaver >= 0).double()], 2)
+        concerned, change = concerned.sort(dim=2)
+        sign, when = sign.gather(2, change), (change % CHUNK).to(torch.int32)
+        since = torch.zeros_like(F.pad(order, (0, 1))).scatter_add_(2, concerned + 1, torch.ones_like(concerned))
+
+        began = (torch.searchsorted(document, document[:, begin:end].contiguous())).unflatten(1, (chunks, CHUNK)) - first
+        met = (when[:, :, None] <= own.to(torch.int32)[:, None]) & (when[:, :, None] >= began.to(torch.int32)[..., None])
+        return _Chunks(
+            value=sorted_,
+            base=F.pad(sits.cumsum(2), (1, 0)),
+            based=F.pad((sits * sorted_).cumsum(2), (1, 0)),
+            since=since.cumsum(2),
+            count=F.pad((met * sign[:, :, None]).cumsum(3), (1, 0)),
+            total=F.pad((met * (sign * sorted_.gather(2, concerned))[:, :, None]).cumsum(3), (1, 0)),
+            old=(documents == before).double(),
+        )
+
+    def thresholds(self, keep: int) -> Tensor:
+        """tau [R, n, C]."""
+        value = self.value
+        number = value.shape[2]
+        upper, lower = value + 1, value - 1
+        ascending = value.flip(2).contiguous()
+        above = number - torch.searchsorted(ascending, upper.contiguous(), right=True)
+        below = number - torch.searchsorted(ascending, lower.contiguous(), right=True)
+        place = torch.arange(number, device=value.device).expand_as(above)
+        none, all_ = torch.zeros_like(self.old, dtype=torch.int64), torch.full_like(self.old, number, dtype=torch.int64)
+
+        def larger(x: Tensor, low: Tensor, high: Tensor, at: Callable[[Tensor], Tensor]) -> Tensor:
+            """The first m of which the shares at x[m] sum up to enough."""
+            excess = (self.based.gather(2, low) - x * self.base.gather(2, low)) - (
+                self.based.gather(2, high) - (x + 1) * self.base.gather(2, high)
+            )
+
+            def enough(m: Tensor) -> Tensor:
+                m = m.clamp(max=number - 1)
+                x_m = x.gather(2, m)
+                low_m, high_m = (self.since.gather(2, t.gather(2, m))[..., None] for t in (low, high))
+                inside = self.total.gather(3, low_m) - self.total.gather(3, high_m)
+                inside = inside - x_m[..., None] * self.count.gather(3, low_m)
+                inside = (inside + (x_m + 1)[..., None] * self.count.gather(3, high_m))[..., 0]
+                return at(inside + self.old * excess.gather(2, m))
+
+            return _search(enough, none, all_, number + 1)
+
+        some = larger(value, place, above, lambda f: f >= keep)
+        full = larger(lower, below, place, lambda f: f > keep)
+        (many, their), (whole, sums) = self._first(some), self._first(full)
+        tau = (their - sums + whole - keep) / (many - whole).clamp(min=1)
+
+        def nth(n: int) -> Tensor:
+            m = _search(lambda m: self._first((m + 1).clamp(max=number))[0] >= n, none, all_ - 1, number)
+            return value.gather(2, m)
+
+        last, next_ = nth(keep), nth(keep + 1)
+        tau = torch.where((last - next_ >= 1) | (many <= whole), (last - 1 + next_) / 2, tau)
+        return tau.masked_fill(self._first(all_)[0] <= keep, -torch.inf)
+
+    def _first(self, m: Tensor) -> tuple[Tensor, Tensor]:
+        """For each query [R, n, C], how many of the first m are its candidates, and their sum."""
+        change = self.since.gather(2, m)[..., None]
+        count, total = (t.gather(3, change)[..., 0] for t in (self.count, self.total))
+        return count + self.old * self.base.gather(2, m), total + self.old * self.based.gather(2, m)

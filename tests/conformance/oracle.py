@@ -14,6 +14,7 @@ and may hold
     dense(mixer, x, ctx) -> y             what the limit equals, if it is not `multi_head_attention` below
     to_dense_limit(mixer) -> None         sets the weights that the limit asks for
     SELECTS = True                        keys are chosen by score: `cost` is an expectation
+    BOUND = True                          how many are chosen depends on the scores, too: `cost` is a bound
     has_pattern(mixer) -> bool            whether `pattern(T)` tells all lifetimes; absent: not SELECTS
     ROUNDING = 1e-13                      largest change before a replaced token that is rounding; absent: 0
 
@@ -82,6 +83,11 @@ class Subject:
     def selects(self) -> bool:
         """Whether keys are chosen by score."""
         return getattr(self.oracle, "SELECTS", False)
+
+    @property
+    def bounded(self) -> bool:
+        """Whether `cost` says no more of pairs and flops than a bound."""
+        return getattr(self.oracle, "BOUND", False)
 
     @property
     def rounding(self) -> float:

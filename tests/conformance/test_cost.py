@@ -26,7 +26,13 @@ def test_flops(subject: Subject, length: int) -> None:
     if subject.selects:
         # An expectation over exchangeable scores: the mean over 64 sequences comes within 3 %.
         tokens = Tokens.random(64, length, subject.case.dim).to(torch.float32)
-        assert counted_flops(mixer, tokens) == pytest.approx(stated, rel=0.03)
+        counted = counted_flops(mixer, tokens)
+        if subject.bounded:
+            # Of a single token everything is known.
+            assert counted <= stated
+            assert length > 1 or counted == stated
+        else:
+            assert counted == pytest.approx(stated, rel=0.03)
     else:
         tokens = Tokens.random(1, length, subject.case.dim).to(torch.float32)
         assert counted_flops(mixer, tokens) == stated
