@@ -201,9 +201,7 @@ def _fake_gather_project(x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("attention::scatter_project", lib=_library)
-def _fake_scatter_project(
-    y: Tensor, index: Tensor, weight: Tensor, length: int, gate: Tensor | None = None
-) -> Tensor:
+def _fake_scatter_project(y: Tensor, index: Tensor, weight: Tensor, length: int, gate: Tensor | None = None) -> Tensor:
     return y.new_empty(y.shape[0], length, weight.shape[2])
 
 

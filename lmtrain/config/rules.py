@@ -190,7 +190,9 @@ def _mixer_problems(config: Config, name: str) -> Iterator[Problem]:
         with torch.device("meta"):
             causality = kind.of(config.model.dim, chosen).causality
         if causality == "selects_ahead":
-            message = f"reset cannot keep apart documents of which model.mixers.{name} sees all at once; use concatenate"
+            message = (
+                f"reset cannot keep apart documents of which model.mixers.{name} sees all at once; use concatenate"
+            )
             yield Problem("", "data.documents", f"{message}, or a selection that is strict")
 
 
