@@ -6,7 +6,7 @@ their birth, and nothing else:
 
 * where neither starts nor stops ever decrease (causal, window, blocks, documents), these keys are one slice; where
   the slices move on with the queries, tile after tile, many tiles fold into one batch of overlapping windows. Rows
-  with slices of their own (lanes, clusters) walk alone, if that takes no more steps than to walk lists together;
+  with slices of their own (lanes, clusters, queries that chose their head) walk alone, unless in many small steps;
 * else they are an index list that is carried from tile to tile: the dead leave it, the newborn are appended. So
   every pattern costs its living keys, and the list is never longer than the keys alive in one tile.
 
@@ -26,6 +26,7 @@ SMALL = 2**15  # up to as many pairs of query and key, one masked tile beats any
 FEW_KEYS = 512  # up to as many keys met per query, tiles of 64 queries waste less than those of 128 gain
 LOGITS = 2**21  # logits of a tile, over all its rows: 8 MiB of float32
 FOLDED_LOGITS = 2**19  # logits of a fold
+FULL_STEP = 2**17  # logits of a step from which on its fixed costs do not matter
 KEPT_LISTS = 2**18  # entries of lists, 16 bytes each, up to which a plan is kept ready for the next walk
 
 
@@ -85,7 +86,7 @@ def make_parts(
                 parts.append(Part(*rectangle, some, [Tile.of(0, num_queries, 0, *own)]))
         elif lists == (1, 1, 1) and _ascending(mine[0]) and _ascending(mine[1]):
             parts += _sliced(mine[0][0], mine[1][0], everyone, group, num_queries, size)
-        elif row_by_row := _sliced_alone(start, stop, everyone, group, num_queries, size):
+        elif row_by_row := _sliced_alone(start, stop, everyone, group, num_queries, size, living):
             parts += row_by_row
         else:
             tiles = Lists(*mine, num_queries, size)
@@ -114,25 +115,27 @@ def _sliced(
 
 
 def _sliced_alone(
-    start: Tensor, stop: Tensor, everyone: tuple[slice, slice], group: int, num_queries: int, size: int
+    start: Tensor, stop: Tensor, everyone: tuple[slice, slice], group: int, num_queries: int, size: int, living: float
 ) -> list[Part]:
     """Parts of rows with a list of slices each, many tiles at once; none if they are no slices, or if that takes more
-    steps than to walk through lists of all rows."""
-    lists, (begins, ends) = _narrowed(start, stop, *everyone)
-    each = list(_rectangles(*everyone, 1))
-    most = -(-num_queries // size)
-    if lists[2] > 1 or len(each) > most or not (_ascending(begins) and _ascending(ends)):
+    steps than to walk through lists of all rows, and small ones. living: keys that a query meets on average."""
+    lists, (starts, stops) = _narrowed(start, stop, *everyone)
+    each, together = list(_rectangles(*everyone, 1)), -(-num_queries // size)
+    hopeless = len(each) > together and group * num_queries * living < FULL_STEP
+    if lists[2] > 1 or hopeless or not (_ascending(starts) and _ascending(stops)):
         return []
     walks = []
     for rectangle in each:
-        start_row, stop_row = (t[0] for t in _narrowed(start, stop, *rectangle)[1])
-        runs = _slice_runs(start_row, stop_row, num_queries, size, fold=FOLDED_LOGITS // (group * size))
-        walks.append((rectangle, start_row, stop_row, runs))
-    if sum(len(runs) for *_, runs in walks) > most:
+        begin, end = (t[0] for t in _narrowed(start, stop, *rectangle)[1])
+        of_row = _slice_runs(begin, end, num_queries, size, FOLDED_LOGITS // (group * size))
+        walks.append((rectangle, begin, end, of_row))
+    runs = [run for *_, of_row in walks for run in of_row]
+    logits = group * size * sum(run.count * (run.end - run.begin) for run in runs)
+    if len(runs) > together and logits < FULL_STEP * len(runs):
         return []
     return [
-        Part(*rectangle, (1, 1, 1), [run.tile(start_row, stop_row, num_queries, size) for run in runs])
-        for rectangle, start_row, stop_row, runs in walks
+        Part(*rectangle, (1, 1, 1), [run.tile(begin, end, num_queries, size) for run in of_row])
+        for rectangle, begin, end, of_row in walks
     ]
 
 
