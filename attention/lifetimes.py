@@ -5,6 +5,7 @@ A key is born at one time and dies at a later one or never; the query at time t 
 lane.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,6 +62,15 @@ def causal(num_keys: int, device: torch.device | str | None = None) -> Lifetimes
 def window(num_keys: int, width: int, device: torch.device | str | None = None) -> Lifetimes:
     """Tokens 0..num_keys-1 that live for `width` steps, their own included: a sliding window."""
     return causal(num_keys, device).at_most(width)
+
+
+def by_lifespan(birth: Tensor, death: Tensor, end: int, edges: Sequence[float]) -> Tensor:
+    """Generations, int32: how many of the edges a key reaches with the steps that it lives until `end`.
+
+    For keys that die at random: the young are many and die soon, the old are few. birth, death: any integers.
+    """
+    span = death.clamp(max=end) - birth
+    return sum(((span >= edge).int() for edge in edges), start=torch.zeros_like(span, dtype=torch.int32))
 
 
 def query_intervals(

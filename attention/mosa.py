@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from attention.clock import Clock, Stream, read_clock
 from attention.debug import check_finite
-from attention.lifetimes import FOREVER, Lifetimes
+from attention.lifetimes import FOREVER, Lifetimes, by_lifespan
 from attention.mixer import (
     Context,
     Cost,
@@ -116,6 +116,7 @@ class Mosa(Mixer):
         clock = read_clock(x, ctx, None if state is None else state.stream)
         score = self.scores(x)
         check_finite(ctx, "router scores", score)
+        lost = score.isnan().any(1)
         death = self.deaths(score, clock) if state is None else state.compete(score, clock)
         index, life = self.chosen(death, clock)
         place = index.clamp(min=0)
@@ -127,7 +128,9 @@ class Mosa(Mixer):
         if state is not None:
             k, v, life = state.extend(k, v, score, life, clock)
         out, _ = attend(q, k, v, life, time=time)
-        return MixerOutput(scatter_project(out, index, score.sigmoid(), self.output, x.shape[1]), {})
+        y = scatter_project(out, index, score.sigmoid(), self.output, x.shape[1])
+        # Whose score is no number was chosen by no head, and must not pass for that.
+        return MixerOutput(y.masked_fill(lost[..., None], torch.nan), {})
 
     def scores(self, x: Tensor) -> Tensor:
         """The routers' scores [B, H, T] of x [B, T, d], in at least float32: rounded to 16 bits many would tie."""
@@ -330,5 +333,4 @@ def _generations(birth: Tensor, death: Tensor, keep: int, end: int) -> Tensor:
     Of scores in random order: with tiles of 128 and keep 1024 or 512 at T = 65,536 they visit 1.8 and 2.3 places per
     pair, without generations 3.0 and 3.4. Shorter lists fill so few tiles that fewer generations waste less.
     """
-    span = death.clamp(max=end) - birth
-    return sum(((span >= edge * keep).int() for edge in EDGES[keep >= 512]), start=torch.zeros_like(span).int())
+    return by_lifespan(birth, death, end, [edge * keep for edge in EDGES[keep >= 512]])

@@ -12,7 +12,6 @@ from torch import Tensor
 from attention.lifetimes import Lifetimes
 from attention.ops.attend_op import attend_op
 from attention.ops.attend_plan import FEW_QUERIES
-from attention.ops.attend_tiles import gate_share
 
 DEBUG = os.environ.get("LMTRAIN_DEBUG") == "1"
 """Check on every device what only the data can tell, at the price of waiting for it. On a CPU it always is checked."""
@@ -94,7 +93,7 @@ def attend_reference(
         logits = logits + bias.masked_fill(bias == -torch.inf, 0.0)
     share = None
     if gate is not None:
-        share = gate_share(per_head(gate[0]), gate[1].expand(B, H, Nq)[..., None])
+        share = _share(per_head(gate[0]), gate[1].expand(B, H, Nq)[..., None])
         alive = alive & (share > 0)
     logits = logits.masked_fill(~alive, -torch.inf)
     top = logits.detach().amax(-1, keepdim=True) if Nk else logits.new_zeros(B, H, Nq, 1)
@@ -108,6 +107,14 @@ def attend_reference(
     out = (weights / total) @ values
     lse = (total.log() + top).masked_fill(empty, -torch.inf).squeeze(-1)
     return out.to(q.dtype), lse
+
+
+def _share(u: Tensor, tau: Tensor) -> Tensor:
+    """c = clip(u - tau, 0, 1), broadcast; 1 where tau is -inf, whatever u."""
+    largest = torch.finfo(u.dtype).max
+    above = u.clamp(-largest, largest) - tau
+    # Not clamp: its gradient does not vanish at the ends of the interval.
+    return torch.where(above >= 1, 1.0, torch.where(above > 0, above, 0.0))
 
 
 def _check(

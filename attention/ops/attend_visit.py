@@ -81,14 +81,22 @@ class Visit:
 
     def mask(self, logits: Tensor) -> None:
         """-inf into the logits [R, M, W] of queries and keys that do not meet."""
-        if not self.tile.masked:
-            return
-        by_list = logits.view(*self.grid, -1)
-        number = torch.arange(self.size, dtype=torch.int32, device=logits.device)[:, None]
-        start, stop = (t.view(*self.lists, 1, -1) for t in (self.tile.start, self.tile.stop))
         for columns in self.tile.masked:
-            met = (start[..., columns] <= number) & (number < stop[..., columns])
-            by_list[..., columns] += torch.where(met, 0.0, -torch.inf)
+            logits.view(*self.grid, -1)[..., columns] += self._met(columns).reciprocal_().neg_().add_(1.0)
+
+    def silence(self, share: Tensor) -> None:
+        """0 into the shares [R, M, W] of queries and keys that do not meet."""
+        for columns in self.tile.masked:
+            share.view(*self.grid, -1)[..., columns] *= self._met(columns)
+
+    def _met(self, columns: slice) -> Tensor:
+        """[*lists, m, columns]: 1 where query and key meet, else 0. In floats, that is 5 times as fast."""
+        number = torch.arange(self.size, dtype=self.rows.wide, device=self.tile.start.device)[:, None]
+        start, stop = (
+            t[..., columns].clamp(0, self.size).to(self.rows.wide).view(*self.lists, 1, -1)
+            for t in (self.tile.start, self.tile.stop)
+        )
+        return torch.minimum(stop - number, (number + 1) - start).clamp_(0.0, 1.0)
 
 
 class SliceVisit(Visit):

@@ -29,7 +29,8 @@ def sparsek_threshold(
 ) -> tuple[Tensor, Tensor]:
     """Thresholds at the time of each token, and when each token's c becomes 0 for good.
 
-    u       [B, G, N], float32 or float64, finite, of tokens in the order of time
+    u       [B, G, N], float32 or float64, of tokens in the order of time. From one that is not finite on, tau is NaN
+            to the end of the document
     keep    what the c of a time sum to, if there are more candidates
     candidates   of the scores in question only so many take part, the best in the order of `streaming_top_k`; at least
             `keep`. One that leaves them may leave with c > 0
@@ -42,13 +43,18 @@ def sparsek_threshold(
     of its document; FOREVER if the last token comes before. Where the best `keep` lie 1 or more above all others any
     tau between gives the same c: it is the middle, with gradient 0. Differentiable in u through tau. To go on later it
     is enough to give those who live, and the last `delay` tokens, in front of the new ones: the c are the same, tau too
-    but for that middle. Work and memory N (candidates + CHUNK) and N log N, R CHUNK (candidates + CHUNK).
+    but for that middle. Work N (candidates / CHUNK + CHUNK) and N log N; memory N, and a few tensors of AT_ONCE numbers
+    (or of R (candidates + CHUNK), if that is more).
     ValueError for a `keep` below 1, fewer `candidates` than that, or a negative `delay`.
     """
     if keep < 1 or candidates < keep or delay < 0:
         raise ValueError(f"expected 1 <= keep <= candidates and delay >= 0, got {keep}, {candidates} and {delay}")
     number = u.shape[-1]
-    document = torch.zeros(u.shape, dtype=torch.int64, device=u.device) if start is None else start.expand(u.shape).contiguous()
+    document = (
+        torch.zeros(u.shape, dtype=torch.int64, device=u.device)
+        if start is None
+        else start.expand(u.shape).contiguous()
+    )
     end = torch.searchsorted(document, document, right=True)
     left = streaming_top_k(u, candidates, start=None if start is None else document)
     tau, death = _Threshold.apply(u, left, document, end, keep, candidates)
@@ -60,6 +66,13 @@ def sparsek_threshold(
     return tau, death.masked_fill(death >= number, FOREVER)
 
 
+def partial_from(u: Tensor, tau: Tensor, death: Tensor, delay: int = 0) -> Tensor:
+    """The first token at or behind j + delay at which c_tj < 1, or else its death, int64 [B, G, N]; as above."""
+    number = u.shape[-1]
+    begin = torch.arange(delay, delay + number, device=u.device).clamp(max=number)
+    return _first(tau, u - 1, begin.expand(u.shape), death.clamp(max=number), reached=False)
+
+
 class _Threshold(torch.autograd.Function):
     """Without delay: tau [B, G, N], and the token at which each one dies, at most the end of its document."""
 
@@ -67,7 +80,11 @@ class _Threshold(torch.autograd.Function):
     def forward(
         ctx: Any, u: Tensor, left: Tensor, document: Tensor, end: Tensor, keep: int, candidates: int
     ) -> tuple[Tensor, Tensor]:
-        tau = _thresholds(*(t.flatten(0, 1) for t in (u, left, document)), keep, candidates).view(u.shape)
+        wrong = ~u.isfinite()
+        tau = _thresholds(u.masked_fill(wrong, 0.0), left, document, keep, candidates)
+        before = F.pad(wrong.cumsum(-1), (1, 0))
+        first = torch.searchsorted(document, document)
+        tau = tau.masked_fill(before[..., 1:] > before.gather(-1, first), torch.nan)
         token = torch.arange(u.shape[-1], device=u.device).expand(u.shape)
         death = _first(tau, u, token, torch.minimum(left, end), reached=True)
         ctx.save_for_backward(u, tau, death)
@@ -80,8 +97,7 @@ class _Threshold(torch.autograd.Function):
         """tau moves with the mean of those with 0 < c < 1: a token is one of them from the time at which tau exceeds
         u - 1 until its death, so its gradient is a sum over an interval."""
         u, tau, death = ctx.saved_tensors
-        token = torch.arange(u.shape[-1], device=u.device).expand(u.shape)
-        begin = _first(tau, u - 1, token, death, reached=False)
+        begin = partial_from(u, tau, death)
         steps = torch.zeros(*u.shape[:-1], u.shape[-1] + 1, dtype=torch.int64, device=u.device)
         ones = torch.ones_like(begin)
         inside = steps.scatter_add(-1, begin, ones).scatter_add(-1, death, -ones).cumsum(-1)[..., :-1]
@@ -115,7 +131,9 @@ def _search(true: Callable[[Tensor], Tensor], low: Tensor, high: Tensor, span: i
 
 
 def _thresholds(u: Tensor, left: Tensor, document: Tensor, keep: int, candidates: int) -> Tensor:
-    """tau [R, N] of u [R, N], where token j is a candidate from j until `left` [R, N], or its document's end."""
+    """tau [B, G, N] of u [B, G, N], where token j is a candidate from j until `left`, or its document's end."""
+    shape = u.shape
+    u, left, document = (t.flatten(0, 1) for t in (u, left, document))
     rows, number = u.shape
     candidates = min(candidates, number)
     filled = -number % CHUNK
@@ -127,7 +145,7 @@ def _thresholds(u: Tensor, left: Tensor, document: Tensor, keep: int, candidates
     for begin in range(0, number, chunks * CHUNK):
         some = _Chunks.of(value, document, seats, begin, min(begin + chunks * CHUNK, number + filled))
         tau.append(some.thresholds(keep).flatten(1, 2))
-    return torch.cat(tau, 1)[:, :number].to(u.dtype)
+    return torch.cat(tau, 1)[:, :number].to(u.dtype).view(shape)
 
 
 @dataclass
@@ -192,7 +210,7 @@ class _Chunks:
     @staticmethod
     def of(value: Tensor, document: Tensor, seats: _Seats, begin: int, end: int) -> _Chunks:
         tokens = seats.bases(begin, end)
-        rows, chunks, candidates = tokens.shape
+        chunks, candidates = tokens.shape[1:]
         documents, new = (t[:, begin:end].unflatten(1, (chunks, CHUNK)) for t in (document, value))
         before = F.pad(document, (1, 0), value=-2)[:, begin:end:CHUNK, None]
         flat = tokens.clamp(min=0).flatten(1)
@@ -216,8 +234,12 @@ class _Chunks:
         sign, when = sign.gather(2, change), (change % CHUNK).to(torch.int32)
         since = torch.zeros_like(F.pad(order, (0, 1))).scatter_add_(2, concerned + 1, torch.ones_like(concerned))
 
-        began = (torch.searchsorted(document, document[:, begin:end].contiguous())).unflatten(1, (chunks, CHUNK)) - first
-        met = (when[:, :, None] <= own.to(torch.int32)[:, None]) & (when[:, :, None] >= began.to(torch.int32)[..., None])
+        began = (torch.searchsorted(document, document[:, begin:end].contiguous())).unflatten(
+            1, (chunks, CHUNK)
+        ) - first
+        met = (when[:, :, None] <= own.to(torch.int32)[:, None]) & (
+            when[:, :, None] >= began.to(torch.int32)[..., None]
+        )
         return _Chunks(
             value=sorted_,
             base=F.pad(sits.cumsum(2), (1, 0)),

@@ -380,6 +380,33 @@ def test_the_published_one_predicts_noise() -> None:
         check_entropy_floor(config, steps=300)
 
 
+# What is no number
+
+
+@pytest.mark.parametrize("settings", [{}, {"include_first": False}, {"selection": "paper"}], ids=str)
+def test_what_is_no_number_is_not_hidden(settings: dict[str, Any]) -> None:
+    """Its score is worse than any other, so no head chooses it: y would be 0."""
+    mixer, x = ready(**settings), tokens(60)
+    x[0, 40, 2] = torch.nan
+    y = mixer(x.requires_grad_()).y
+    assert y[0, 40].isnan().all()
+    assert y[1].isfinite().all()
+    y.sum().backward()
+
+
+def test_what_is_no_number_is_not_hidden_in_a_stream() -> None:
+    mixer, x = ready(), tokens(60)
+    x[0, 40, 2] = torch.nan
+    assert read(mixer, x, [39, 1, 1, 19], mixer.init_state(2))[0, 40].isnan().all()
+
+
+def test_scores_that_are_no_number_are_not_hidden() -> None:
+    mixer = ready()
+    with torch.no_grad():
+        mixer.router.weight[0, 0] = torch.nan
+    assert mixer(tokens(60)).y.isnan().all()
+
+
 # Settings
 
 

@@ -323,6 +323,36 @@ def test_paper_selection_costs_what_is_counted(length: int) -> None:
     assert cost.state_bytes == 0
 
 
+# What is no number
+
+
+@pytest.mark.parametrize("selection", ["strict", "paper"])
+def test_what_is_no_number_is_not_hidden(selection: str) -> None:
+    mixer, x = ready(selection=selection), tokens(60)
+    x[0, 40, 2] = torch.nan
+    out = mixer(x.requires_grad_())
+    assert out.y[0, 40].isnan().all()
+    assert out.y[1].isfinite().all()
+    assert out.losses["commitment"].isnan()
+    out.y.sum().backward()
+    before = mixer.centroids.means.clone()
+    mixer.after_step(skipped=True)
+    assert torch.equal(mixer.centroids.means, before)
+
+
+def test_what_is_no_number_is_not_hidden_in_a_stream() -> None:
+    mixer, x = ready(), tokens(60)
+    x[0, 40, 2] = torch.nan
+    assert decoded(mixer, x, [39, 1, 1, 19])[0, 40].isnan().all()
+
+
+def test_centroids_that_are_no_number_are_not_hidden() -> None:
+    """All tokens take the first cluster; the loss tells."""
+    mixer = ready()
+    mixer.centroids.means.fill_(torch.nan)
+    assert mixer(tokens(60)).losses["commitment"].isnan()
+
+
 # Settings
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from entmax import budget_bisect
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -249,15 +250,62 @@ class Largest(TorchDispatchMode):
 
 
 def test_there_is_no_object_of_tokens_by_candidates() -> None:
-    length, candidates = 4000, 100
+    length, candidates = 6000, 3000
     u = torch.randn(1, 1, length).requires_grad_()
     with Largest() as seen:
-        tau, _ = sparsek_threshold(u, 50, candidates)
+        tau, _ = sparsek_threshold(u, 1500, candidates)
         forward = seen.numbers
         seen.numbers = 0
-        torch.autograd.grad(tau[..., 60:].sum(), u)
-    assert forward <= 2 * sparsek.CHUNK * (candidates + sparsek.CHUNK) < length * candidates / 10
+        torch.autograd.grad(tau[..., 1600:].sum(), u)
+    assert forward <= sparsek.AT_ONCE + 2**17 < length * candidates / 10
     assert length <= seen.numbers <= length + 1
+
+
+@pytest.mark.parametrize("name", ["over many chunks", "documents", "ties"])
+def test_how_many_chunks_go_at_once_changes_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES[name]
+    tau, death = case.threshold(case.u)
+    monkeypatch.setattr(sparsek, "AT_ONCE", 1)
+    for ours, theirs in zip(case.threshold(case.u), (tau, death), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("keep", [2, 5])
+@pytest.mark.parametrize("spread", [0.1, 1.0, 4.0])
+def test_it_is_what_entmax_says(keep: int, spread: float) -> None:
+    """c of every prefix and its gradient, of another implementation: `entmax`, by bisection (Peters et al., 2019)."""
+    u = (spread * torch.randn(1, 1, 40, dtype=torch.float64)).requires_grad_()
+    tau, death = sparsek_threshold(u, keep, 40)
+    for t in range(keep, 40):
+        here = u[0, 0, : t + 1]
+        ours = torch.where(t < death[0, 0, : t + 1], (here - tau[0, 0, t]).clamp(0, 1), 0.0)
+        theirs = budget_bisect(here, budget=keep, dim=0, n_iter=60)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+        weights = torch.randn(t + 1, dtype=torch.float64)
+        between = (ours > 1e-9) & (ours < 1 - 1e-9)
+        if int(between.sum()) == 0:
+            continue  # hard: any tau of an interval, no gradient in either
+        ours, theirs = (torch.autograd.grad((c * weights).sum(), u, retain_graph=True)[0] for c in (ours, theirs))
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_from_a_score_that_is_not_finite_on_there_is_no_threshold(value: float) -> None:
+    """To the end of its document; before it and in other documents and rows all is as without it."""
+    case = CASES["documents"]
+    u = case.u
+    tau, death = case.threshold(u)
+    u[0, 1, 60] = value
+    wrong, died = case.threshold(u)
+    assert torch.equal(wrong[0, 0], tau[0, 0])
+    assert torch.equal(died[0, 0], death[0, 0])
+    assert wrong[0, 1, 64:130].isnan().all()
+    others = torch.cat([torch.arange(64), torch.arange(130, 170)])
+    assert torch.equal(wrong[0, 1, others], tau[0, 1, others])
+    token = torch.arange(170)
+    assert bool(((died == FOREVER) | ((died >= token) & (died < 170))).all())
+    u.requires_grad_()
+    assert torch.autograd.grad(case.threshold(u)[0].sum(), u)[0].shape == u.shape
 
 
 @pytest.mark.parametrize(("keep", "candidates", "delay"), [(0, 4, 0), (5, 4, 0), (2, 4, -1)])

@@ -87,11 +87,16 @@ def gates(mixer: Any, x: Tensor) -> Tensor:
     return c.repeat_interleave(mixer.config.heads // u.shape[1], 1)
 
 
-def definition(mixer: Any, x: Tensor, ctx: Context) -> Tensor:
+def gated(mixer: Any, x: Tensor, c: Tensor) -> Tensor:
+    """y of attention with the weights c e^s, c [B, H, T, T]."""
     q, k, v = projections(mixer, x)
-    weights = gates(mixer, x) * torch.exp(q @ k.mT / math.sqrt(q.shape[-1]))
+    weights = c * torch.exp(q @ k.mT / math.sqrt(q.shape[-1]))
     out = weights @ v / weights.sum(-1, keepdim=True)
     return out.transpose(1, 2).flatten(2) @ mixer.output.weight.T
+
+
+def definition(mixer: Any, x: Tensor, ctx: Context) -> Tensor:
+    return gated(mixer, x, gates(mixer, x))
 
 
 def pairs(mixer: Any, length: int) -> int:
