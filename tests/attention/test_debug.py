@@ -11,7 +11,7 @@ from lmtrain.config import ModelConfig
 from lmtrain.model import DecoderLM
 
 NAN, INF = float("nan"), float("inf")
-ROUTERS = {"mosa": "router.weight", "moh": "router.weight", "routing": "shared.weight"}
+ROUTERS = {"mosa": "router.weight", "moh": "router.weight", "routing": "shared.weight", "sparsek": "router.weight"}
 
 
 def test_what_is_said() -> None:
@@ -39,7 +39,7 @@ def test_otherwise_nothing_is_looked_at() -> None:
 @pytest.mark.parametrize("kind", ROUTERS)
 def test_scores_of_every_mixer_that_chooses(kind: str, selection: str, value: float) -> None:
     """Under `debug` they raise before anything is chosen by them; an infinite one may never be noticed without."""
-    settings: dict[str, Any] = {} if kind == "moh" else {"selection": selection}
+    settings: dict[str, Any] = {} if kind in ("moh", "sparsek") else {"selection": selection}
     mixer = build(kind, 16, **settings)
     dict(mixer.named_parameters())[ROUTERS[kind]].data[0, 0] = value
     x = torch.randn(2, 20, 16)
