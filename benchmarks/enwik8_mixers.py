@@ -36,6 +36,7 @@ MIXERS = {
         "model.mixers.far={kind: routing, heads: 6, head_dim: 64, clusters: 8, window: 256}",
         BESIDE,
     ],
+    "sparsek": ["model.mixers.far={kind: sparsek, heads: 7, head_dim: 64, keep: 128, window: 128}"],
     "moh": [
         "model.mixers.far={kind: moh, heads: 6, head_dim: 64, shared_heads: 2, active_heads: 2}",
         "model.ffn_dim=624",
