@@ -16,7 +16,7 @@ from lmtrain.table import table
 CONFIDENCE = 1.96
 """Standard errors to each side of an interval that holds the truth 95 times in 100."""
 
-SAMPLING = "targets drawn without replacement, stratified by tokens seen in octaves, as the root of their number"
+SAMPLING = "drawn without replacement, stratified by tokens seen in octaves, each in proportion to the root of its size"
 
 ONE_PASS = (
     "one pass reads ahead: no code length, no perplexity, and no sampler reaches it; quote the prefix-wise number"
@@ -222,7 +222,7 @@ def format_result(evaluation: Evaluation) -> str:
     """The result for people: a few lines, each number beside its protocol."""
     p = evaluation.protocol
     words = evaluation.word_perplexity
-    per_word = "" if words is None else f", {words:.6g} per word"
+    per_word = "" if words is None or math.isinf(words) else f", {words:.6g} per word"
     lines = [
         f"{p.corpus} {p.split}: {evaluation.bits_per_byte:.4f} bits per byte ({p.scoring}, {p.causality})",
         f"{evaluation.loss:.4f} nats per token ({p.tokenizer}); "
@@ -279,7 +279,7 @@ def _what_was_drawn(leak: Leak) -> str:
         + ", ".join(f"{key} {value}" for key, value in settings.items() if type(value) is int)
         for name, settings in leak.selections.items()
     )
-    how = f"prefix by prefix at {leak.prefixes:,} of these targets: {SAMPLING}"
+    how = f"prefix by prefix at {leak.prefixes:,} of them,\n  {SAMPLING}"
     return how + (f"\n  {chosen}: the numbers of the config, for a prefix of any length" if chosen else "")
 
 
