@@ -16,7 +16,7 @@ from lmtrain.table import table
 CONFIDENCE = 1.96
 """Standard errors to each side of an interval that holds the truth 95 times in 100."""
 
-SAMPLING = "targets drawn without replacement, stratified by tokens seen in octaves, as the root of their number"
+SAMPLING = "drawn without replacement, stratified by tokens seen in octaves, each in proportion to the root of its size"
 
 ONE_PASS = (
     "one pass reads ahead: no code length, no perplexity, and no sampler reaches it; quote the prefix-wise number"
@@ -60,6 +60,28 @@ class Bucket:
 
 
 @dataclass(frozen=True)
+class Column:
+    """One number of a model that selects ahead, three times: claimed by one pass, prefix-wise, and their difference."""
+
+    one_pass: float
+    prefix_wise: float
+    gap: float
+    standard_error: float
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Holds the true gap 95 times in 100."""
+        half = CONFIDENCE * self.standard_error
+        return self.gap - half, self.gap + half
+
+    def cells(self) -> list[str]:
+        """For people."""
+        low, high = self.interval
+        numbers = (self.one_pass, self.prefix_wise, self.gap, self.standard_error)
+        return [*(f"{number:.4f}" for number in numbers), f"{low:.4f} to {high:.4f}"]
+
+
+@dataclass(frozen=True)
 class PositionLeak:
     """The `tokens` targets that saw more than `start` and at most `stop` tokens, of which `prefixes` were drawn.
 
@@ -73,6 +95,11 @@ class PositionLeak:
     gap: float
     gap_standard_error: float
     prefixes: int
+
+    @property
+    def column(self) -> Column:
+        """Nats per token."""
+        return Column(self.one_pass_loss, self.one_pass_loss + self.gap, self.gap, self.gap_standard_error)
 
 
 @dataclass(frozen=True)
@@ -108,28 +135,6 @@ class Leak:
 
 
 @dataclass(frozen=True)
-class Column:
-    """One number of a model that selects ahead, three times: claimed by one pass, prefix-wise, and their difference."""
-
-    one_pass: float
-    prefix_wise: float
-    gap: float
-    standard_error: float
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Holds the true gap 95 times in 100."""
-        half = CONFIDENCE * self.standard_error
-        return self.gap - half, self.gap + half
-
-    def cells(self) -> list[str]:
-        """For people."""
-        low, high = self.interval
-        numbers = (self.one_pass, self.prefix_wise, self.gap, self.standard_error)
-        return [*(f"{number:.4f}" for number in numbers), f"{low:.4f} to {high:.4f}"]
-
-
-@dataclass(frozen=True)
 class Evaluation:
     """L (`nats`), its denominators and its protocol. bytes: of scored tokens; words: of the whole split."""
 
@@ -162,19 +167,14 @@ class Evaluation:
         return _exp(self.nats / self.words) if self.protocol.whole_split and self.words else None
 
     @property
-    def leaked_loss(self) -> Column | None:
-        """Nats per token where the selection sees later tokens."""
+    def columns(self) -> dict[str, Column]:
+        """Bits per byte and nats per token in three columns, where the selection sees later tokens; else nothing."""
         if self.leak is None:
-            return None
+            return {}
         leak, tokens = self.leak, self.scored_tokens
-        return Column(leak.one_pass_nats / tokens, self.loss, leak.gap, leak.standard_error)
-
-    @property
-    def leaked_bits_per_byte(self) -> Column | None:
-        """Bits per byte where the selection sees later tokens."""
-        if (loss := self.leaked_loss) is None:
-            return None
-        return Column(*(self._per_byte(self.scored_tokens * number) for number in astuple(loss)))
+        loss = Column(leak.one_pass_nats / tokens, self.loss, leak.gap, leak.standard_error)
+        bits = Column(*(self._per_byte(tokens * number) for number in astuple(loss)))
+        return {"bits per byte": bits, "nats per token": loss}
 
     def _per_byte(self, nats: float) -> float:
         return nats / (math.log(2) * self.bytes)
@@ -196,7 +196,7 @@ class Evaluation:
             "step": step,
         }
         if self.leak is not None:
-            row |= _leak_row(self.leak, self.leaked_bits_per_byte, self.leaked_loss)
+            row |= _leak_row(self.leak, *self.columns.values())
         return _finite(row)
 
     @property
@@ -222,7 +222,7 @@ def format_result(evaluation: Evaluation) -> str:
     """The result for people: a few lines, each number beside its protocol."""
     p = evaluation.protocol
     words = evaluation.word_perplexity
-    per_word = "" if words is None else f", {words:.6g} per word"
+    per_word = "" if words is None or math.isinf(words) else f", {words:.6g} per word"
     lines = [
         f"{p.corpus} {p.split}: {evaluation.bits_per_byte:.4f} bits per byte ({p.scoring}, {p.causality})",
         f"{evaluation.loss:.4f} nats per token ({p.tokenizer}); "
@@ -231,15 +231,14 @@ def format_result(evaluation: Evaluation) -> str:
         _what_was_seen(p),
     ]
     if evaluation.leak is not None:
-        return "\n".join(["\n  ".join([*lines, _what_was_drawn(evaluation.leak)]), "", *_three_columns(evaluation)])
+        drawn = "\n  ".join([*lines, *_what_was_drawn(evaluation.leak)])
+        return "\n".join([drawn, "", *_three_columns(evaluation.leak, evaluation.columns)])
     buckets = "  ".join(f"{b.start}-{b.stop} {b.loss:.3f}" for b in evaluation.by_position)
     return "\n  ".join([*lines, f"nats per token by tokens seen: {buckets}"])
 
 
-def _leak_row(leak: Leak, bits: Column | None, loss: Column | None) -> dict[str, Any]:
+def _leak_row(leak: Leak, bits: Column, loss: Column) -> dict[str, Any]:
     """What the row of a model that selects ahead has besides."""
-    assert bits is not None
-    assert loss is not None
     return {
         "one_pass_bits_per_byte": bits.one_pass,
         "gap": bits.gap,
@@ -255,32 +254,22 @@ def _leak_row(leak: Leak, bits: Column | None, loss: Column | None) -> dict[str,
     }
 
 
-def _three_columns(evaluation: Evaluation) -> list[str]:
+def _three_columns(leak: Leak, columns: dict[str, Column]) -> list[str]:
     """The numbers of one pass, which nobody may quote, beside those that stand, and the gap; in all and by position."""
-    assert evaluation.leak is not None
     head = ["", "one pass (leaks)", "prefix-wise", "gap", "standard error", "95 % interval"]
-    rows = [
-        [name, *column.cells()]
-        for name, column in (
-            ("bits per byte", evaluation.leaked_bits_per_byte),
-            ("nats per token", evaluation.leaked_loss),
-        )
-        if column is not None
-    ]
-    for p in evaluation.leak.by_position:
-        column = Column(p.one_pass_loss, p.one_pass_loss + p.gap, p.gap, p.gap_standard_error)
-        rows.append([f"  of {p.start}-{p.stop} seen", *column.cells()])
-    return [table(head, rows), "", ONE_PASS]
+    columns = columns | {f"  of {p.start}-{p.stop} seen": p.column for p in leak.by_position}
+    return [table(head, [[name, *column.cells()] for name, column in columns.items()]), "", ONE_PASS]
 
 
-def _what_was_drawn(leak: Leak) -> str:
+def _what_was_drawn(leak: Leak) -> list[str]:
+    """Lines: how many prefixes, how they were drawn, and whose selection with which numbers made it necessary."""
     chosen = "; ".join(
         f"{name} is {settings['kind']} with "
         + ", ".join(f"{key} {value}" for key, value in settings.items() if type(value) is int)
         for name, settings in leak.selections.items()
     )
-    how = f"prefix by prefix at {leak.prefixes:,} of these targets: {SAMPLING}"
-    return how + (f"\n  {chosen}: the numbers of the config, for a prefix of any length" if chosen else "")
+    lines = [f"prefix by prefix at {leak.prefixes:,} of them,", SAMPLING]
+    return [*lines, f"{chosen}: the numbers of the config, for a prefix of any length"] if chosen else lines
 
 
 def _what_was_scored(evaluation: Evaluation) -> str:

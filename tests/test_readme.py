@@ -45,6 +45,8 @@ def test_every_command_of_the_page(folder: Path, command: str) -> None:
         words += SHORT
     if words[1] == "bench":
         words += ["--lengths", "128,256", "--repeats", "1"]
+    if "--floor" in words:
+        words += ["--steps", "3", "--length", "64"]
     if words[1] == "generate":
         words += ["--length", "20"]
     assert run(folder, words)

@@ -140,6 +140,32 @@ def test_eval_of_a_file_and_with_carried_state(run: Path, tmp_path: Path, capsys
     assert "has no split 'test'" in capsys.readouterr().err
 
 
+def test_a_published_selection_from_training_to_writing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tiny.write(tmp_path)
+    paper = "model.mixers.far={kind: mosa, heads: 2, head_dim: 8, keep: 4, selection: paper}"
+    settings = tiny.settings(tmp_path, paper, "train.steps=2")
+    run = str(tmp_path / "run")
+    assert main(["train", str(path), *settings]) == 0
+    assert main(["audit", run]) == 0
+    assert "selects ahead, as configured" in capsys.readouterr().out
+    assert main(["eval", run, "--prefixes", "40"]) == 0
+    said = capsys.readouterr()
+    assert "one pass (leaks)  prefix-wise" in said.out
+    assert "far is mosa with heads 2, head_dim 8, keep 4: the numbers of the config" in said.out
+    assert main(["eval", run, "--prefixes", "40", "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert row["one_pass_bits_per_byte"] + row["gap"] == pytest.approx(row["bits_per_byte"])
+    assert row["prefixes"] == pytest.approx(40, abs=3)
+    assert main(["eval", run, "--carry"]) == 2
+    assert "selects ahead within each segment; evaluate it without --carry" in capsys.readouterr().err
+    assert main(["generate", run, "--prompt", "the", "--length", "5", "--seed", "1"]) == 0
+
+
+def test_a_strict_model_has_no_prefixes_to_be_sampled(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", str(run), "--prefixes", "5"]) == 2
+    assert "this model is strict" in capsys.readouterr().err
+
+
 def test_generate_repeats_with_its_seed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["generate", str(run), "--prompt", "the quick", "--length", "20", "--seed", "3"]
     assert main(words) == 0

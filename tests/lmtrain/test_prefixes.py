@@ -1,6 +1,7 @@
 """The sample of prefixes: unbiased, with an honest standard error, over short and long prefixes."""
 
 import itertools
+import statistics
 from typing import NamedTuple
 
 import numpy as np
@@ -90,6 +91,18 @@ def test_the_gap_is_unbiased_and_its_error_is_what_it_says(protocol: tuple[int, 
         of = (text.seen > positions[0].start) & (text.seen <= positions[0].stop)
         mean, spread = np.mean([p.gap for p in positions]), np.std([p.gap for p in positions])
         assert abs(mean - text.gap[of].mean()) < 4 * spread / 20 + 1e-12
+
+
+def test_the_standard_error_by_hand() -> None:
+    text = Text(1000, 32, 32)
+    sample, leak = text.sampled(60)
+    variance = 0.0
+    for low, high in itertools.pairwise([0, 8, 16, 32]):
+        gaps = [text.gap[p.end] for p in sample.prefixes if low < p.end - p.start <= high]
+        size = int(((text.seen > low) & (text.seen <= high)).sum())
+        assert 2 <= len(gaps) < size
+        variance += (size / 999) ** 2 * statistics.variance(gaps) / len(gaps) * (1 - len(gaps) / size)
+    assert leak.standard_error == pytest.approx(variance**0.5, rel=1e-12)
 
 
 def test_short_prefixes_are_drawn_more_often_than_they_occur_and_none_is_forgotten() -> None:
