@@ -20,6 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from attention.mixer import floating
+from attention.ops.codes import code_sums
+
+AT_ONCE = 1024  # tokens summed in one product: their table of C entries each stays small
 
 
 class OnlineMeans(nn.Module):
@@ -49,15 +52,15 @@ class OnlineMeans(nn.Module):
     def learn(self, y: Tensor, x: Tensor, entry: Tensor) -> Tensor:
         """y, unchanged; its backward pass teaches the next step that the vectors x belong to `entry`.
 
-        x [B, H, T, D]; entry int64 [B, H, T], in 0..C-1. y: anything that the loss depends on.
+        x [B, H, T, D]; entry int [B, H, T], in 0..C-1. y: anything that the loss depends on.
         """
         if not (torch.is_grad_enabled() and y.requires_grad):
             return y
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            x = x.to(self.pending.dtype)
-            # A product, not a scattered sum: its order is fixed on every device.
-            assigned = torch.nn.functional.one_hot(entry, self.means.shape[1]).to(x.dtype)
-            sums = torch.einsum("bhtc,bhtd->hcd", assigned, torch.cat([x, torch.ones_like(x[..., :1])], -1))
+            sums = torch.zeros_like(self.pending)
+            for some, theirs in zip(x.split(AT_ONCE, 2), entry.split(AT_ONCE, 2), strict=True):
+                number, total = code_sums(theirs, some.to(sums.dtype), self.means.shape[1])
+                sums += torch.cat([total, number[..., None]], -1).sum(0)
         return _Learn.apply(y, sums, self.pending)
 
     def step(self, skipped: bool = False) -> None:
