@@ -21,8 +21,8 @@ _OPERANDS = (
 )
 _library.define(f"attend({_OPERANDS}, float scale, bool kernel) -> (Tensor out, Tensor lse)")
 _library.define(
-    f"attend_backward(Tensor dout, Tensor? dlse, {_OPERANDS}, Tensor out, Tensor lse, float scale, bool kernel) "
-    "-> Tensor[]"
+    f"attend_backward(Tensor dout, Tensor? dlse, {_OPERANDS}, Tensor out, Tensor lse, float scale, bool kernel, "
+    "bool wants_bias=True) -> Tensor[]"
 )
 _forward_op = torch.ops.attention.attend.default
 _backward_op = torch.ops.attention.attend_backward.default
@@ -87,11 +87,12 @@ def _backward(
     lse: Tensor,
     scale: float,
     kernel: bool,
+    wants_bias: bool = True,
 ) -> list[Tensor]:
-    """Gradients of q, k, v, and of those of bias, u, tau that are given, as [B, G, Nk] and [B, H, Nq]."""
+    """Gradients of q, k, v, and of those of bias (if wanted), u, tau that are given, as [B, G, Nk] and [B, H, Nq]."""
     with _no_autocast(q):
         x, life = _operands(q, k, v, bias, u, tau, scale), Lifetimes(birth, death, generation)
-        return _path(kernel).attend_backward(dout, dlse, x, life, time, out, lse).given
+        return _path(kernel).attend_backward(dout, dlse, x, life, time, out, lse, wants_bias).given
 
 
 def _fake_backward(
@@ -111,9 +112,11 @@ def _fake_backward(
     lse: Tensor,
     scale: float,
     kernel: bool,
+    wants_bias: bool = True,
 ) -> list[Tensor]:
     grads = [empty_heads_last(t, t.shape[-1]) for t in (q, k, v)]
-    owners = (t for t, given in ((k, bias), (k, u), (q, tau)) if given is not None)
+    given = ((k, bias if wants_bias else None), (k, u), (q, tau))
+    owners = (t for t, operand in given if operand is not None)
     return grads + [empty_heads_last(t, dtype=lse.dtype) for t in owners]
 
 
@@ -156,8 +159,9 @@ class _Attend(torch.autograd.Function):
         *tensors, out, lse = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(out)
-        dq, dk, dv, *rest = _backward_op(dout, dlse, *tensors, out, lse, ctx.scale, ctx.kernel)
-        optional = tensors[7:]  # bias, u, tau
+        wants_bias = ctx.needs_input_grad[7]
+        dq, dk, dv, *rest = _backward_op(dout, dlse, *tensors, out, lse, ctx.scale, ctx.kernel, wants_bias)
+        optional = (tensors[7] if wants_bias else None, *tensors[8:])  # bias, u, tau
         dbias, du, dtau = (None if t is None else rest.pop(0).sum_to_size(t.shape) for t in optional)
         return dq, dk, dv, None, None, None, None, dbias, du, dtau, None, None
 
