@@ -39,9 +39,8 @@ from attention.mixer import (
     wide_linear,
 )
 from attention.online import OnlineMeans
-from attention.ops.attend import attend
+from attention.ops.attend import KeySet, attend_union
 from attention.ops.codes import code_prefix, code_sums, look_up, straight_through, vq_assign
-from attention.ops.merge import merge
 from attention.ops.rotary import apply_rotary
 from attention.softmax import AttentionConfig
 from attention.spans import Blocks, with_earlier
@@ -180,13 +179,12 @@ class VQ(Mixer):
         carried = carry is not None
         plan = clock.once((self.alike, carried, limit), lambda: self.plan(recent, limit, carried))
         content = (q + self.content_bias).to(v.dtype)
-        time = clock.query_time
-        parts, prefix = [], None
+        sets, prefix = [], None
         if plan.near is not None:
             near_q, near_k = self.with_features(q, content, k, clock, recent)
-            parts.append(attend(near_q, near_k, rows["v"], plan.near, time=time, scale=1.0))
+            sets.append(KeySet(near_q, near_k, rows["v"], plan.near))
         if plan.far is not None:
-            parts.append(attend(content, k, rows["v"], plan.far, time=time, scale=1.0))
+            sets.append(KeySet(content, k, rows["v"], plan.far))
         if plan.old is not None:
             code_BGNL, v_BGNLD = (plan.blocks.tokens(rows[name]) for name in ("code", "v"))
             count, mean = prefix = code_prefix(
@@ -199,10 +197,10 @@ class VQ(Mixer):
             )
             entries = self.codebook.means.to(v.dtype)[None, :, None].expand(*count.shape, -1).flatten(2, 3)
             values, bias = mean.to(v.dtype).flatten(2, 3), count.log().flatten(2)
-            parts.append(attend(content, entries, values, plan.old, time=time, key_bias=bias, scale=1.0))
+            sets.append(KeySet(content, entries, values, plan.old, bias))
         if state is not None:
             state.go_on(new, prefix, clock, self.config.block)
-        return merge(parts)[0]
+        return attend_union(sets, time=clock.query_time, scale=1.0)[0]
 
     def with_features(
         self, q: Tensor, content: Tensor, k: Tensor, clock: Clock, recent: Clock
@@ -350,4 +348,5 @@ class CodeState(SpanState):
 
 def _normed(x: Tensor) -> Tensor:
     """Root mean square D^-1/4 over each head, in at least float32, so that products are those of a scale D^-1/2."""
-    return F.rms_norm(x.to(floating(x)), x.shape[-1:], eps=NORM_EPS) * x.shape[-1] ** -0.25
+    x = x.to(floating(x))
+    return x * ((x.square().mean(-1, keepdim=True) + NORM_EPS).rsqrt() * x.shape[-1] ** -0.25)

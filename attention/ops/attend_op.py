@@ -1,6 +1,8 @@
 """`attend` as operators of torch: autograd, compile, checkpointing and FLOP counts see one node."""
 
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 from attention.lifetimes import Lifetimes, living_pairs
 from attention.ops import attend_torch
 from attention.ops.attend_operands import Operands, empty_heads_last
+from attention.ops.merge import merge
 
 # Registered by hand rather than by `torch.library.custom_op`, which costs 60 us per call and its backward where this
 # costs 20: 5 % against 2 % of attention in the smallest training we care for (12 sequences of 64 tokens, 4 heads of
@@ -160,10 +163,59 @@ class _Attend(torch.autograd.Function):
         if dout is None:
             dout = torch.zeros_like(out)
         wants_bias = ctx.needs_input_grad[7]
-        dq, dk, dv, *rest = _backward_op(dout, dlse, *tensors, out, lse, ctx.scale, ctx.kernel, wants_bias)
-        optional = (tensors[7] if wants_bias else None, *tensors[8:])  # bias, u, tau
-        dbias, du, dtau = (None if t is None else rest.pop(0).sum_to_size(t.shape) for t in optional)
-        return dq, dk, dv, None, None, None, None, dbias, du, dtau, None, None
+        return *_gradients(dout, dlse, tensors, out, lse, ctx.scale, ctx.kernel, wants_bias), None, None
+
+
+def _gradients(
+    dout: Tensor,
+    dlse: Tensor | None,
+    tensors: Sequence[Tensor | None],
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    kernel: bool,
+    wants_bias: bool,
+) -> list[Tensor | None]:
+    """Those of the ten tensors of `attend_op`."""
+    dq, dk, dv, *rest = _backward_op(dout, dlse, *tensors, out, lse, scale, kernel, wants_bias)
+    optional = (tensors[7] if wants_bias else None, *tensors[8:])  # bias, u, tau
+    last = [None if t is None else rest.pop(0).sum_to_size(t.shape) for t in optional]
+    return [dq, dk, dv, None, None, None, None, *last]
+
+
+def union_op(sets: Sequence[tuple[Tensor | None, ...]], scale: float, kernel: bool) -> tuple[Tensor, Tensor]:
+    """(out, lse) over the union of disjoint key sets, each the ten tensors of `attend_op`."""
+    return _Union.apply(len(sets), scale, kernel, *chain.from_iterable(sets))
+
+
+class _Union(torch.autograd.Function):
+    """The weight of a pair in the union is exp(logit - lse) with the lse of all, and its gradient asks for the output of
+    all. So each set's backward pass, given these, is its part of the whole: no gradient passes through a merging."""
+
+    @staticmethod
+    def forward(ctx: Any, number: int, scale: float, kernel: bool, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        out, lse = merge([_forward_op(*one, scale, kernel) for one in _in_tens(tensors)])
+        ctx.scale, ctx.kernel = scale, kernel
+        ctx.save_for_backward(*tensors, out, lse)
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, *douts: Tensor | None) -> tuple[Tensor | None, ...]:
+        dout, dlse = douts
+        *tensors, out, lse = ctx.saved_tensors
+        if dout is None:
+            dout = torch.zeros_like(out)
+        grads: list[Tensor | None] = [None] * 3
+        for number, one in enumerate(_in_tens(tensors)):
+            wants_bias = ctx.needs_input_grad[3 + 10 * number + 7]
+            grads += _gradients(dout, dlse, one, out, lse, ctx.scale, ctx.kernel, wants_bias)
+        return tuple(grads)
+
+
+def _in_tens(tensors: Sequence[Tensor | None]) -> Iterator[Sequence[Tensor | None]]:
+    for first in range(0, len(tensors), 10):
+        yield tensors[first : first + 10]
 
 
 def _differentiable(*args: Any) -> tuple[Tensor, Tensor]:
