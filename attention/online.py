@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from attention.mixer import floating
 from attention.ops.codes import code_sums
 
-AT_ONCE = 1024  # tokens summed in one product: their table of C entries each stays small
+AT_ONCE = 256  # tokens summed in one product: their table of C entries each stays small
 
 
 class OnlineMeans(nn.Module):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-DISTANCES = 2**19  # held at a time: 2 MiB of float32
+DISTANCES = 2**17  # held at a time: 512 KiB of float32
 
 
 @torch.no_grad()
@@ -31,8 +31,9 @@ def vq_assign(k: Tensor, codebook: Tensor) -> Tensor:
         half_norm = codebook.square().sum(-1)[:, None] / 2
         for first in range(0, k.shape[2], at_once):
             here = slice(first, first + at_once)
-            # (|k - C|^2 - |k|^2) / 2, of the same order as the distances
-            nearest[:, :, here] = (half_norm - k[:, :, here] @ codebook.transpose(1, 2)).argmin(-1)
+            # (|k|^2 - |k - C|^2) / 2, of the same order as the distances turned round
+            nearness = (k[:, :, here] @ codebook.mT).sub_(half_norm)
+            nearest[:, :, here] = nearness.argmax(-1)  # of equals torch gives the first
     return nearest
 
 
@@ -62,9 +63,8 @@ def code_sums(code: Tensor, x: Tensor, codes: int) -> tuple[Tensor, Tensor]:
 
     code int [..., T], x [..., T, D]; both in x's type. A product, not a scattered sum: its order is fixed on every device.
     """
-    member = code[..., None, :] == torch.arange(codes, dtype=code.dtype, device=code.device)[:, None]
-    members = member.to(x.dtype)
-    return members.sum(-1), members @ x
+    member = x.new_zeros(*code.shape, codes).scatter_(-1, code[..., None].long(), 1.0)
+    return member.sum(-2), member.mT @ x
 
 
 def code_prefix(
