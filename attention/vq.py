@@ -1,9 +1,9 @@
 """Transformer-VQ: keys are quantised to a few codes, so that all old tokens of one code are one key.
 
-Source: Lingle, "Transformer-VQ: Linear-Time Transformers via Vector Quantization" (2023, arXiv 2309.16354). Tokens whose
-keys have the same code have the same logit. So a query meets the tokens of its own block and of the block before as
-themselves, and all earlier ones code by code: a key C_s, the mean of their values, and log(number) added to the logit.
-That is exact attention over quantised keys, in linear time, with a state of constant size.
+Source: Lingle, "Transformer-VQ: Linear-Time Transformers via Vector Quantization" (2023, arXiv 2309.16354). Tokens
+whose keys have the same code have the same logit. So a query meets the tokens of its own block and of the block before
+as themselves, and all earlier ones code by code: a key C_s, the mean of their values, and log(number) added to the
+logit. That is exact attention over quantised keys, in linear time, with a state of constant size.
 
 The paper is a gated unit with one head (`gated: true`, heads 1); without gate it is ordinary attention with a codebook
 for each key head. Here relative positions reach back L tokens, and codes begin as wide as keys are.
@@ -40,7 +40,7 @@ from attention.mixer import (
 )
 from attention.online import OnlineMeans
 from attention.ops.attend import KeySet, attend_union
-from attention.ops.codes import code_prefix, code_sums, look_up, straight_through, vq_assign
+from attention.ops.codes import code_prefix, look_up, straight_through, vq_assign
 from attention.ops.rotary import apply_rotary
 from attention.softmax import AttentionConfig
 from attention.spans import Blocks, with_earlier
@@ -48,6 +48,7 @@ from attention.tail import SpanState
 
 NORM_EPS = 1e-6
 BASE = 10000.0  # of the wavelengths of position features
+DEAD = 0.1  # of an equal share of the keys: a code with less moves to where the error is largest
 
 
 @dataclass
@@ -79,11 +80,10 @@ class VQConfig:
         found = self._common.problems(dim)
         if self.value_dim is None and self.gated and 2 * dim % self.heads:
             found.append(("value_dim", f"heads {self.heads} does not divide 2 dim = {2 * dim}; set value_dim"))
-        if self.positions == "xl" and not any(name == "heads" for name, _ in found):
-            if self.features(dim) % 2:
-                source = "" if self.position_features else f" (head_dim {self.features(dim)}: set position_features)"
-                message = f"position_features must be even, got {self.features(dim)}{source}"
-                found.append(("position_features", message))
+        if not any(name == "heads" for name, _ in found) and self.features(dim) % 2:
+            source = "" if self.position_features else ", which is head_dim; set it, or positions none"
+            message = f"position_features must be even, got {self.features(dim)}{source}"
+            found.append(("position_features", message))
         return found
 
     def width(self, dim: int) -> int:
@@ -112,12 +112,13 @@ class VQ(Mixer):
 
         (q_i + b_u) khat_j + [i - j <= L] (q_i + b_w) W_r rho(j - i),   rho(n) = (cos(w n), sin(w n)), F frequencies w
 
-    Two blocks back, khat is C_z without gradient: there k learns nothing, q and v do. So the outputs do not depend on how
-    tokens fall into blocks, gradients do. y = concat(heads) W_o; gated: v = silu(x W_v), y = (concat(heads) silu(x W_g))
-    W_o. Matrices start at N(0, 1 / fan_in), W_r [D, 2F] of each head at N(0, 1 / 2F), b_u and b_w at 0.
+    Two blocks back, khat is C_z without gradient: there k learns nothing, q and v do. So the outputs do not depend on
+    how tokens fall into blocks, gradients do. y = concat(heads) W_o; gated: v = silu(x W_v), y = (concat(heads) silu(x
+    W_g)) W_o. Matrices start at N(0, 1 / fan_in), W_r [D, 2F] of each head at N(0, 1 / 2F), b_u and b_w at 0.
 
-    The codebook [G, S, D] starts at N(0, D^-1/2) and moves after each optimizer step towards the keys of each code; the
-    loss commitment * mean over tokens of sum over key heads of |k - C_z|^2 draws the keys to it.
+    The codebook [G, S, D] starts at N(0, D^-1/2) and moves after each optimizer step towards the keys of each code;
+    codes that hardly anyone has move to where the error is largest (`OnlineMeans`). The loss commitment * mean over
+    tokens of sum over key heads of |k - C_z|^2 draws the keys to it.
     """
 
     Config = VQConfig
@@ -142,7 +143,7 @@ class VQ(Mixer):
             drawn = torch.randn(self.heads, self.head_dim, self.features) * self.features**-0.5
             self.position_weight = nn.Parameter(drawn)  # W_r
         drawn = torch.randn(self.kv_heads, config.codes, self.head_dim, dtype=torch.float32)
-        self.codebook = OnlineMeans(drawn * self.head_dim**-0.25, config.decay)
+        self.codebook = OnlineMeans(drawn * self.head_dim**-0.25, config.decay, dead=DEAD)
         self.alike = (type(self), repr(config))  # layers that share this share lifetimes
 
     def forward(self, x: Tensor, ctx: Context | None = None, state: CodeState | None = None) -> MixerOutput:
@@ -167,8 +168,8 @@ class VQ(Mixer):
         return MixerOutput(self.codebook.learn(y, k, code), {"commitment": self.config.commitment * distance})
 
     def mix(self, q: Tensor, k: Tensor, code: Tensor, v: Tensor, clock: Clock, state: CodeState | None) -> Tensor:
-        """Outputs of the heads [B, H, T, Dv], from q [B, H, T, D], the quantised k [B, G, T, D] with its code [B, G, T],
-        and v [B, G, T, Dv] of the new tokens. With a state: meets what it holds, and moves it on."""
+        """Outputs of the heads [B, H, T, Dv], from q [B, H, T, D], the quantised k [B, G, T, D] with its code [B, G,
+        T], and v [B, G, T, Dv] of the new tokens. With a state: meets what it holds, and moves it on."""
         new = {"code": code[..., None], "v": v}
         rows, carry, limit = new, None, None
         if state is not None:
@@ -241,7 +242,9 @@ class VQ(Mixer):
     def statistics(self, k: Tensor, quantised: Tensor, code: Tensor) -> dict[str, Tensor]:
         """Of these tokens: the share of the codes that are used, and of how many equally likely ones they would be
         (perplexity), means over the key heads; |k - khat|^2 / |k|^2. And codes with fewer than one token per step."""
-        used = code_sums(code, k[..., :0], self.config.codes)[0].sum(0)
+        places = self.kv_heads * self.config.codes
+        own = torch.arange(0, places, self.config.codes, device=code.device)[:, None]
+        used = (code + own).flatten().bincount(minlength=places).view(self.kv_heads, -1).to(k.dtype)
         share = used / used.sum(-1, keepdim=True)
         return {
             "used_codes": (used > 0).to(share.dtype).mean(),
@@ -266,8 +269,8 @@ class VQ(Mixer):
         return CodeState(count, count.new_zeros(*count.shape, self.value_dim), limit)
 
     def pattern(self, length: int) -> Lifetimes:
-        """Lifetimes of the keys of one document, int32 [1, keys], all key heads being alike: tokens with features, tokens
-        without, codes."""
+        """Lifetimes of the keys of one document, int32 [1, keys], all key heads being alike: tokens with features,
+        tokens without, codes."""
         plan = self._plan(length)
         lives = [life for life in (plan.near, plan.far, plan.old) if life is not None]
         return Lifetimes(
@@ -275,9 +278,12 @@ class VQ(Mixer):
         )
 
     def cost(self, length: int) -> Cost:
-        """flops: 2 per parameter of a matrix and token; 4D + 4F + ... per pair
+        """flops: 2 per token and number of each matrix, W_r included; 2GSD per token to find codes, 2GSDv to sum values
+        by code; of each pair 2(D + Dv), and 4F where positions count. Pairs, over H heads: those with tokens of the own
+        block and the one before, and S for each token behind the first two blocks.
 
-        state: (code, v) of the tokens of the last one or two blocks, and (count, mean) of each code."""
+        State: of the tokens of the last one or two blocks the code (4 bytes) and v, and S (count, mean) in float32.
+        """
         plan, config = self._plan(length), self.config
         near, far, old = (0 if life is None else self._met(life, length) for life in (plan.near, plan.far, plan.old))
         D, Dv, S, G = self.head_dim, self.value_dim, config.codes, self.kv_heads
@@ -323,8 +329,8 @@ class CodeState(SpanState):
         self.folded = count, mean
 
     def go_on(self, new: dict[str, Tensor], prefix: tuple[Tensor, Tensor] | None, clock: Clock, length: int) -> None:
-        """The new tokens are done. Of the complete blocks of `length` tokens keep the last one, and fold the others: they
-        are the prefix of that one, count [B, G, N, S] and mean. None: no block is complete."""
+        """The new tokens are done. Of the complete blocks of `length` tokens keep the last one, and fold the others:
+        they are the prefix of that one, count [B, G, N, S] and mean. None: no block is complete."""
         tokens, position = self.tail.size + clock.time.shape[1], clock.position[:, -1] + 1
         none_complete = position < length
         if prefix is not None:

@@ -189,8 +189,8 @@ def union_op(sets: Sequence[tuple[Tensor | None, ...]], scale: float, kernel: bo
 
 
 class _Union(torch.autograd.Function):
-    """The weight of a pair in the union is exp(logit - lse) with the lse of all, and its gradient asks for the output of
-    all. So each set's backward pass, given these, is its part of the whole: no gradient passes through a merging."""
+    """The weight of a pair in the union is exp(logit - lse) with the lse of all, and its gradient asks for the output
+    of all. So each set's backward pass, given these, is its part of the whole: no gradient passes through a merging."""
 
     @staticmethod
     def forward(ctx: Any, number: int, scale: float, kernel: bool, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,9 @@
-"""The dense path of `attend`, through torch's fused CPU kernel: groups of keys that consecutive stretches of queries meet.
+"""The dense path of `attend`, through torch's fused CPU kernel: groups of keys that consecutive stretches of queries
+meet.
 
-In a causal group each key is born one query after the key before it, and all die together: the whole row (dense causal),
-a block, a document. In the other kind all are born together, too: one more token behind a cache, or what a block reads.
+In a causal group each key is born one query after the key before it, and all die together: the whole row (dense
+causal), a block, a document. In the other kind all are born together, too: one more token behind a cache, or what a
+block reads.
 """
 
 from collections.abc import Iterator, Sequence
@@ -42,8 +44,8 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 
 def find_segments(start: Tensor, stop: Tensor, num_queries: int, biased: bool = False) -> Segments | None:
-    """The segments of the query intervals [B or 1, G or 1, r or 1, Nk], or None where keys live otherwise; `biased`: and
-    where the kernel knows no key bias, in causal groups."""
+    """The segments of the query intervals [B or 1, G or 1, r or 1, Nk], or None where keys live otherwise; `biased`:
+    and where the kernel knows no key bias, in causal groups."""
     num_keys = start.shape[-1]
     if num_keys == 0 or num_queries == 0:
         return None

@@ -1,7 +1,7 @@
 """Vector quantisation: the code of a key, and what earlier blocks hold for each code, as a count and a mean value.
 
-Source: Lingle, "Transformer-VQ: Linear-Time Transformers via Vector Quantization" (2023, arXiv 2309.16354), sections 3.2
-and 3.4; the straight-through gradient is that of van den Oord et al. (2017, arXiv 1711.00937).
+Source: Lingle, "Transformer-VQ: Linear-Time Transformers via Vector Quantization" (2023, arXiv 2309.16354), sections
+3.2 and 3.4; the straight-through gradient is that of van den Oord et al. (2017, arXiv 1711.00937).
 
 Legend of shapes: B batch, G key heads, T tokens, N blocks of L tokens, S codes, D width of keys, Dv of values.
 """
@@ -61,7 +61,8 @@ class _StraightThrough(torch.autograd.Function):
 def code_sums(code: Tensor, x: Tensor, codes: int) -> tuple[Tensor, Tensor]:
     """How many of the tokens have each code, [..., S], and the sums of their vectors, [..., S, D].
 
-    code int [..., T], x [..., T, D]; both in x's type. A product, not a scattered sum: its order is fixed on every device.
+    code int [..., T], x [..., T, D]; both in x's type. A product, not a scattered sum: its order is fixed on every
+    device.
     """
     member = x.new_zeros(*code.shape, codes).scatter_(-1, code[..., None].long(), 1.0)
     return member.sum(-2), member.mT @ x
@@ -84,14 +85,15 @@ def code_prefix(
     carry   (count, mean) before block 0, if it is not fresh
 
     Returns count [B, G, N, S], and mean [B, G, N, S, Dv], 0 for codes that nobody has, both in at least float32. Linear
-    in v, with its gradient. A recurrence of weighted means: sums would grow without end, and lose what they are made of.
+    in v, with its gradient. A recurrence of weighted means: sums would grow without end, and lose what they are made
+    of.
     """
     return _CodePrefix.apply(code, v, codes, fresh, whole, carry)
 
 
 class _CodePrefix(torch.autograd.Function):
-    """With c_i, s_i the count and sum of block i: mean_(i+1) = old_i mean_i + new_i s_i, where old_i is the share of the
-    earlier tokens, new_i that of one token of the block, and both are 0 if block i + 1 is fresh."""
+    """With c_i, s_i the count and sum of block i: mean_(i+1) = old_i mean_i + new_i s_i, where old_i is the share of
+    the earlier tokens, new_i that of one token of the block, and both are 0 if block i + 1 is fresh."""
 
     @staticmethod
     def forward(
