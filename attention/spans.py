@@ -41,7 +41,7 @@ class Blocks:
     def of(clock: Clock, length: int) -> Blocks:
         """The blocks of `length` tokens among those of the clock, of which positions below 0 belong to nobody."""
         count = clock.time.shape[1]
-        anchor = torch.arange(length - 1, count, length, device=clock.time.device)
+        anchor = length - 1 + length * torch.arange(count // length, device=clock.time.device)
         position = clock.position[:, anchor]
         end = torch.full_like(position, FOREVER) if clock.end is None else clock.end[:, anchor]
         first = anchor - position % length

@@ -5,12 +5,14 @@ D width of queries and keys, Dv width of values.
 """
 
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from attention.lifetimes import Lifetimes
-from attention.ops.attend_op import attend_op
+from attention.ops.attend_op import attend_op, union_op
 from attention.ops.attend_plan import FEW_QUERIES
 
 DEBUG = os.environ.get("LMTRAIN_DEBUG") == "1"
@@ -59,6 +61,39 @@ def attend(
     u, tau = (None, None) if gate is None else gate
     kernel = implementation == "triton" or (implementation is None and q.is_cuda and _takes_kernel(q, v))
     return attend_op(q, k, v, life.birth, life.death, life.generation, time, key_bias, u, tau, float(scale), kernel)
+
+
+@dataclass(frozen=True)
+class KeySet:
+    """Keys with lifetimes, and the queries that ask them: q, k, v, life, key_bias of `attend`. Sets may differ in D."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    life: Lifetimes
+    key_bias: Tensor | None = None
+
+
+def attend_union(
+    sets: Sequence[KeySet], *, time: Tensor | None = None, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """One softmax over disjoint sets of keys: (out, lse) of their `merge`, by a shorter way back.
+
+    time, scale as in `attend`, of all sets alike. For kinds of keys that one call would serve badly: another width,
+    another order. Raises ValueError for no sets, and as `attend`.
+    """
+    if not sets:
+        raise ValueError("sets: expected at least one set of keys, got none")
+    for one in sets:
+        _check(one.q, one.k, one.v, one.life, time, one.key_bias, None, None)
+    if scale is None:
+        scale = sets[0].q.shape[-1] ** -0.5
+    kernel = all(one.q.is_cuda and _takes_kernel(one.q, one.v) for one in sets)
+    tensors = [
+        (one.q, one.k, one.v, one.life.birth, one.life.death, one.life.generation, time, one.key_bias, None, None)
+        for one in sets
+    ]
+    return union_op(tensors, float(scale), kernel)
 
 
 def attend_reference(

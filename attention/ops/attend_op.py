@@ -1,6 +1,8 @@
 """`attend` as operators of torch: autograd, compile, checkpointing and FLOP counts see one node."""
 
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 from attention.lifetimes import Lifetimes, living_pairs
 from attention.ops import attend_torch
 from attention.ops.attend_operands import Operands, empty_heads_last
+from attention.ops.merge import merge
 
 # Registered by hand rather than by `torch.library.custom_op`, which costs 60 us per call and its backward where this
 # costs 20: 5 % against 2 % of attention in the smallest training we care for (12 sequences of 64 tokens, 4 heads of
@@ -21,8 +24,8 @@ _OPERANDS = (
 )
 _library.define(f"attend({_OPERANDS}, float scale, bool kernel) -> (Tensor out, Tensor lse)")
 _library.define(
-    f"attend_backward(Tensor dout, Tensor? dlse, {_OPERANDS}, Tensor out, Tensor lse, float scale, bool kernel) "
-    "-> Tensor[]"
+    f"attend_backward(Tensor dout, Tensor? dlse, {_OPERANDS}, Tensor out, Tensor lse, float scale, bool kernel, "
+    "bool wants_bias=True) -> Tensor[]"
 )
 _forward_op = torch.ops.attention.attend.default
 _backward_op = torch.ops.attention.attend_backward.default
@@ -87,11 +90,12 @@ def _backward(
     lse: Tensor,
     scale: float,
     kernel: bool,
+    wants_bias: bool = True,
 ) -> list[Tensor]:
-    """Gradients of q, k, v, and of those of bias, u, tau that are given, as [B, G, Nk] and [B, H, Nq]."""
+    """Gradients of q, k, v, and of those of bias (if wanted), u, tau that are given, as [B, G, Nk] and [B, H, Nq]."""
     with _no_autocast(q):
         x, life = _operands(q, k, v, bias, u, tau, scale), Lifetimes(birth, death, generation)
-        return _path(kernel).attend_backward(dout, dlse, x, life, time, out, lse).given
+        return _path(kernel).attend_backward(dout, dlse, x, life, time, out, lse, wants_bias).given
 
 
 def _fake_backward(
@@ -111,9 +115,11 @@ def _fake_backward(
     lse: Tensor,
     scale: float,
     kernel: bool,
+    wants_bias: bool = True,
 ) -> list[Tensor]:
     grads = [empty_heads_last(t, t.shape[-1]) for t in (q, k, v)]
-    owners = (t for t, given in ((k, bias), (k, u), (q, tau)) if given is not None)
+    given = ((k, bias if wants_bias else None), (k, u), (q, tau))
+    owners = (t for t, operand in given if operand is not None)
     return grads + [empty_heads_last(t, dtype=lse.dtype) for t in owners]
 
 
@@ -156,10 +162,60 @@ class _Attend(torch.autograd.Function):
         *tensors, out, lse = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(out)
-        dq, dk, dv, *rest = _backward_op(dout, dlse, *tensors, out, lse, ctx.scale, ctx.kernel)
-        optional = tensors[7:]  # bias, u, tau
-        dbias, du, dtau = (None if t is None else rest.pop(0).sum_to_size(t.shape) for t in optional)
-        return dq, dk, dv, None, None, None, None, dbias, du, dtau, None, None
+        wants_bias = ctx.needs_input_grad[7]
+        return *_gradients(dout, dlse, tensors, out, lse, ctx.scale, ctx.kernel, wants_bias), None, None
+
+
+def _gradients(
+    dout: Tensor,
+    dlse: Tensor | None,
+    tensors: Sequence[Tensor | None],
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    kernel: bool,
+    wants_bias: bool,
+) -> list[Tensor | None]:
+    """Those of the ten tensors of `attend_op`."""
+    dq, dk, dv, *rest = _backward_op(dout, dlse, *tensors, out, lse, scale, kernel, wants_bias)
+    optional = (tensors[7] if wants_bias else None, *tensors[8:])  # bias, u, tau
+    last = [None if t is None else rest.pop(0).sum_to_size(t.shape) for t in optional]
+    return [dq, dk, dv, None, None, None, None, *last]
+
+
+def union_op(sets: Sequence[tuple[Tensor | None, ...]], scale: float, kernel: bool) -> tuple[Tensor, Tensor]:
+    """(out, lse) over the union of disjoint key sets, each the ten tensors of `attend_op`."""
+    return _Union.apply(len(sets), scale, kernel, *chain.from_iterable(sets))
+
+
+class _Union(torch.autograd.Function):
+    """The weight of a pair in the union is exp(logit - lse) with the lse of all, and its gradient asks for the output
+    of all. So each set's backward pass, given these, is its part of the whole: no gradient passes through a merging."""
+
+    @staticmethod
+    def forward(ctx: Any, number: int, scale: float, kernel: bool, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        out, lse = merge([_forward_op(*one, scale, kernel) for one in _in_tens(tensors)])
+        ctx.scale, ctx.kernel = scale, kernel
+        ctx.save_for_backward(*tensors, out, lse)
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, *douts: Tensor | None) -> tuple[Tensor | None, ...]:
+        dout, dlse = douts
+        *tensors, out, lse = ctx.saved_tensors
+        if dout is None:
+            dout = torch.zeros_like(out)
+        grads: list[Tensor | None] = [None] * 3
+        for number, one in enumerate(_in_tens(tensors)):
+            wants_bias = ctx.needs_input_grad[3 + 10 * number + 7]
+            grads += _gradients(dout, dlse, one, out, lse, ctx.scale, ctx.kernel, wants_bias)
+        return tuple(grads)
+
+
+def _in_tens(tensors: Sequence[Tensor | None]) -> Iterator[Sequence[Tensor | None]]:
+    for first in range(0, len(tensors), 10):
+        yield tensors[first : first + 10]
 
 
 def _differentiable(*args: Any) -> tuple[Tensor, Tensor]:

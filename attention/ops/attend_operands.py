@@ -41,11 +41,12 @@ class Gradients:
     tau: Tensor | None
 
     @staticmethod
-    def empty(x: Operands) -> Gradients:
+    def empty(x: Operands, wants_bias: bool = True) -> Gradients:
         """To be filled; those of q, k, v with heads behind tokens in memory."""
+        bias = x.bias if wants_bias else None
         return Gradients(
             *(empty_heads_last(t, t.shape[-1]) for t in (x.q, x.k, x.v)),
-            *(None if t is None else empty_heads_last(t, dtype=x.wide) for t in (x.bias, x.u, x.tau)),
+            *(None if t is None else empty_heads_last(t, dtype=x.wide) for t in (bias, x.u, x.tau)),
         )
 
     @property

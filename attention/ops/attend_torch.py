@@ -17,6 +17,7 @@ from attention.ops.attend_segments import Segments, find_segments, segments_back
 from attention.ops.attend_tiles import tiles_backward, tiles_forward
 
 REMEMBERED = 16  # routes kept for the next call, the backward pass or the next layer
+WIDENED = 3  # times: widths further apart than that lose more to the fused kernel's one width than it gains
 LARGEST_REMEMBERED = 2**16  # numbers in one of them: static patterns, and of those that follow from data the small
 
 
@@ -24,7 +25,7 @@ def attend_forward(x: Operands, life: Lifetimes, time: Tensor | None) -> tuple[T
     """(out, lse) of `attend`, both [B, Nq, H, ...] in memory: the layout in which heads merge without a copy."""
     route = find_route(x, life, time)
     if route.segments is not None:
-        out, lse = segments_forward(x.q, x.k, x.v, route.segments, x.scale)
+        out, lse = segments_forward(x.q, x.k, x.v, x.bias, route.segments, x.scale)
         return heads_last(out), heads_last(lse)
     out = empty_heads_last(x.q, x.v.shape[-1])
     lse = empty_heads_last(x.q, dtype=x.wide)
@@ -41,15 +42,16 @@ def attend_backward(
     time: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    wants_bias: bool = True,
 ) -> Gradients:
-    """Gradients of `attend` in all its operands, from those of out and, unless None, lse."""
-    route = find_route(x, life, time)
+    """Gradients of `attend` in all its operands, from those of out and, unless None, lse; of a bias if wanted."""
+    route = find_route(x, life, time, wants_bias)
     if route.segments is not None:
-        dqkv = segments_backward(dout, dlse, x.q, x.k, x.v, out, lse, route.segments, x.scale)
+        dqkv = segments_backward(dout, dlse, x.q, x.k, x.v, x.bias, out, lse, route.segments, x.scale)
         dq, dk, dv = (heads_last(t) for t in dqkv)
         return Gradients(dq, dk, dv, None, None, None)
     delta, lse = row_terms(dout, dlse, out, lse, x.wide)
-    grads = Gradients.empty(x)
+    grads = Gradients.empty(x, wants_bias)
     for part in route.parts:
         tiles_backward(x, part, dout, delta, lse, grads)
     return grads
@@ -66,11 +68,14 @@ class Route:
 _remembered: list[tuple[tuple[object, ...], list[Tensor], Route]] = []
 
 
-def find_route(x: Operands, life: Lifetimes, time: Tensor | None) -> Route:
-    """The route for these shapes and lifetimes; from memory, if the very same lifetimes came lately."""
-    fused = x.bias is None and x.u is None and x.q.device.type == "cpu"
+def find_route(x: Operands, life: Lifetimes, time: Tensor | None, wants_bias: bool = False) -> Route:
+    """The route for these shapes and lifetimes; from memory, if the very same lifetimes came lately. The fused kernel
+    knows no gradient of a bias."""
+    narrow, wide = sorted((x.q.shape[-1], x.v.shape[-1]))
+    fused = x.u is None and x.q.device.type == "cpu" and wide <= WIDENED * narrow
+    fused = fused and not (wants_bias and x.bias is not None)
     given = [life.birth, life.death] if time is None else [life.birth, life.death, time]
-    key = (x.q.shape, x.k.shape[:3], len(given), fused, x.q.device)
+    key = (x.q.shape, x.k.shape[:3], len(given), fused, x.bias is not None, x.q.device)
     for known_key, known, route in _remembered:
         if known_key == key and all(map(torch.equal, known, given)):
             return route
@@ -87,7 +92,7 @@ def _new_route(x: Operands, life: Lifetimes, time: Tensor | None, fused: bool) -
     start, stop = query_intervals(
         life, time, heads=heads, kv_heads=kv_heads, num_queries=num_queries, num_keys=num_keys
     )
-    segments = find_segments(start, stop, num_queries) if fused else None
+    segments = find_segments(start, stop, num_queries, x.bias is not None) if fused else None
     if segments is not None:
         return Route(segments, ())
     group = heads // kv_heads

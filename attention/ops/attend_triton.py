@@ -59,10 +59,17 @@ def attend_forward(x: Operands, life: Lifetimes, time: Tensor | None) -> tuple[T
 
 
 def attend_backward(
-    dout: Tensor, dlse: Tensor | None, x: Operands, life: Lifetimes, time: Tensor | None, out: Tensor, lse: Tensor
+    dout: Tensor,
+    dlse: Tensor | None,
+    x: Operands,
+    life: Lifetimes,
+    time: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    wants_bias: bool = True,
 ) -> Gradients:
     """Gradients of `attend` in all its operands, as `attend_torch.attend_backward`."""
-    grads = Gradients.empty(x)
+    grads = Gradients.empty(x, wants_bias)
     if lse.numel() == 0 or x.k.shape[2] == 0:
         for grad in grads.given:
             grad.zero_()
@@ -84,7 +91,7 @@ def attend_backward(
     dbias, du = call.over_keys(rows, dk, dv)
     for mine, theirs in ((grads.q, dq), (grads.k, dk), (grads.v, dv)):
         _written(mine, theirs)
-    return Gradients(grads.q, grads.k, grads.v, dbias, du, dtau)
+    return Gradients(grads.q, grads.k, grads.v, dbias if wants_bias else None, du, dtau)
 
 
 class _Call:

@@ -22,8 +22,7 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
                 f"parts[{i}]: expected shapes {tuple(parts[0][0].shape)} and {tuple(parts[0][1].shape)} "
                 f"as in parts[0], got {tuple(out.shape)} and {tuple(lse.shape)}"
             )
-    outs = torch.stack([out for out, _ in parts])
-    wide = torch.promote_types(torch.promote_types(outs.dtype, parts[0][1].dtype), torch.float32)
+    wide = torch.promote_types(torch.promote_types(parts[0][0].dtype, parts[0][1].dtype), torch.float32)
     lses = torch.stack([lse for _, lse in parts]).to(wide)
     # Never -inf - -inf: a row without keys is shifted by 0, then every weight is exp(-inf) = 0.
     top = lses.detach().amax(0)
@@ -32,6 +31,9 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     total = weights.sum(0)
     empty = total == 0
     total = total.masked_fill(empty, 1.0)
-    out = (weights[..., None] * outs.to(wide)).sum(0) / total[..., None]
+    shares = (weights / total)[..., None]
+    merged = parts[0][0].to(wide) * shares[0]
+    for share, (out, _) in zip(shares[1:], parts[1:], strict=True):
+        merged = torch.addcmul(merged, out.to(wide), share)
     lse = (total.log() + top).masked_fill(empty, -torch.inf)
-    return out.to(outs.dtype), lse
+    return merged.to(parts[0][0].dtype), lse

@@ -176,4 +176,45 @@ def test_autocast_does_not_round_sums() -> None:
         y = learner(x.float(), torch.zeros_like(entry))
     y.sum().backward()
     assert learner.online.pending[:, 0, -1].tolist() == [2002.0, 2002.0]
-    torch.testing.assert_close(learner.online.pending[:, 0, :-1], x.float().sum((0, 2)), rtol=1e-5, atol=1e-4)
+    exact = torch.cat([x.sum((0, 2)), x.square().sum((0, 2, 3))[:, None]], 1)
+    torch.testing.assert_close(learner.online.pending[:, 0, :-1].double(), exact, rtol=1e-5, atol=1e-3)
+
+
+# Entries that nobody has
+
+
+def crowded(online: OnlineMeans) -> tuple[Tensor, Tensor]:
+    """All vectors of entry 0, spread widely, and two of entry 1."""
+    x = drawn(1, HEADS, 42, DIM, seed=5)
+    x[:, :, 40:] = online.means[:, 1:2] + 0.01 * x[:, :, 40:]
+    entry = torch.zeros(1, HEADS, 42, dtype=torch.int64)
+    entry[:, :, 40:] = 1
+    return x, entry
+
+
+def test_a_dead_entry_moves_to_the_largest_error() -> None:
+    learner = Learner(decay=0.5)
+    learner.online.dead = 0.1
+    learner.online.count.copy_(torch.tensor([[8.0, 8.0, 0.2]] * HEADS))
+    x, entry = crowded(learner.online)
+    counts = 0.5 * learner.online.count + 0.5 * torch.tensor([40.0, 2.0, 0.0])
+    learner(x, entry).sum().backward()
+    learner.online.step()
+    torch.testing.assert_close(learner.online.means[:, 2], x[0, :, :40].mean(1), rtol=0, atol=1e-12)
+    expected = torch.stack([counts[:, 0] / 2, counts[:, 1], counts[:, 0] / 2], 1).double()
+    torch.testing.assert_close(learner.online.count, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("reason", ["not asked for", "alive", "no error", "skipped"])
+def test_else_it_stays(reason: str) -> None:
+    learner = Learner(decay=0.5)
+    learner.online.dead = 0.0 if reason == "not asked for" else 0.1
+    learner.online.count.copy_(torch.tensor([[8.0, 8.0, 30.0 if reason == "alive" else 0.2]] * HEADS))
+    before = learner.online.means.clone()
+    x, entry = crowded(learner.online)
+    if reason == "no error":
+        x = learner.online.means[:, 0:1].expand_as(x[0])[None]
+        entry = torch.zeros_like(entry)
+    learner(x, entry).sum().backward()
+    learner.online.step(skipped=reason == "skipped")
+    torch.testing.assert_close(learner.online.means[:, 2], before[:, 2], rtol=0, atol=1e-6)

@@ -1,0 +1,169 @@
+"""Codes of keys, and what earlier blocks hold of each code."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from attention.ops.codes import code_prefix, code_sums, look_up, straight_through, vq_assign
+
+CODES, LENGTH = 4, 3
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# Assignment
+
+
+def test_a_key_takes_the_nearest_code() -> None:
+    k, codebook = drawn(2, 3, 50, 5), drawn(3, CODES, 5, seed=1)
+    distance = (k[:, :, :, None] - codebook[None, :, None]).square().sum(-1)
+    code = vq_assign(k, codebook)
+    assert code.dtype == torch.int32
+    assert torch.equal(code.long(), distance.argmin(-1))
+    assert torch.equal(look_up(codebook, code)[1, 2, 7], codebook[2, code[1, 2, 7]])
+
+
+def test_in_parts_as_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    k, codebook = drawn(2, 3, 50, 5), drawn(3, CODES, 5, seed=1)
+    expected = vq_assign(k, codebook)
+    monkeypatch.setattr("attention.ops.codes.DISTANCES", 7 * 2 * 3 * CODES)
+    assert torch.equal(vq_assign(k, codebook), expected)
+
+
+def test_of_equals_the_lowest() -> None:
+    """Whole numbers, so that distances are exact: codes 1 and 2 are one, 0 and 3 equally far from 0."""
+    codebook = torch.tensor([[[-2.0, 0.0], [5.0, 5.0], [5.0, 5.0], [0.0, 2.0]]])
+    k = torch.tensor([[[[6.0, 5.0], [0.0, 0.0], [0.0, 1.0]]]])
+    assert vq_assign(k, codebook).tolist() == [[[1, 0, 3]]]
+
+
+def test_no_16_bits_decide() -> None:
+    """Codes 1 and 1 + 2^-10 are one number in bfloat16."""
+    codebook = torch.tensor([[[1.0], [1.0 + 2**-10]]])
+    k = torch.tensor([[[[1.0 + 2**-10], [1.0]]]])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert vq_assign(k, codebook).tolist() == [[[1, 0]]]
+
+
+def test_the_gradient_goes_straight_through() -> None:
+    x, quantised = drawn(2, 3).requires_grad_(), drawn(2, 3, seed=1)
+    y, weights = straight_through(x, quantised), drawn(2, 3, seed=2)
+    assert torch.equal(y, quantised)
+    (y * weights).sum().backward()
+    assert torch.equal(x.grad, weights)
+
+
+def test_sums_by_code() -> None:
+    code, x = torch.tensor([[0, 2, 2, 0, 2]]), drawn(1, 5, 3)
+    number, total = code_sums(code, x, CODES)
+    assert number.tolist() == [[2, 0, 3, 0]]
+    expected = torch.stack([x[0, [0, 3]].sum(0), torch.zeros(3), x[0, [1, 2, 4]].sum(0), torch.zeros(3)])
+    torch.testing.assert_close(total[0], expected.double(), rtol=0, atol=1e-14)
+
+
+# Prefix
+
+
+def definition(
+    code: Tensor, v: Tensor, fresh: Tensor, whole: Tensor, carry: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """Block by block, from a list of all tokens that it may count."""
+    batch, heads, blocks = code.shape[:3]
+    counts, means = torch.zeros(batch, heads, blocks, CODES), v.new_zeros(batch, heads, blocks, CODES, v.shape[-1])
+    counts = counts.double()
+    rows = max(1, len(fresh))
+    for b in range(batch):
+        for g in range(heads):
+            for n in range(blocks):
+                begin = max([i for i in range(n + 1) if fresh[b % rows, i]], default=None)
+                mine = [i for i in range(begin or 0, n) if whole[b % len(whole), i]]
+                for s in range(CODES):
+                    met = [v[b, g, i, t] for i in mine for t in range(LENGTH) if code[b, g, i, t] == s]
+                    count, total = float(len(met)), torch.stack(met).sum(0) if met else v.new_zeros(v.shape[-1])
+                    if begin is None and carry is not None:
+                        total = total + carry[0][b, g, s] * carry[1][b, g, s]
+                        count += float(carry[0][b, g, s])
+                    counts[b, g, n, s], means[b, g, n, s] = count, total / max(count, 1.0)
+    return counts, means
+
+
+def example(blocks: int, rows: int = 2) -> tuple[Tensor, Tensor]:
+    code = torch.randint(CODES - 1, (rows, 2, blocks, LENGTH), generator=torch.Generator().manual_seed(3))
+    return code.int(), drawn(rows, 2, blocks, LENGTH, 5, seed=4).requires_grad_()
+
+
+def some_carry() -> tuple[Tensor, Tensor]:
+    count = torch.tensor([3.0, 0.0, 1.0, 2.0]).double().expand(2, 2, CODES)
+    return count, drawn(2, 2, CODES, 5, seed=6) * (count > 0)[..., None]
+
+
+FLAGS = {
+    "one document": ([[1, 0, 0, 0, 0, 0]], [[1] * 6]),
+    "goes on": ([[0] * 6], [[1] * 6]),
+    "documents": ([[0, 0, 1, 0, 0, 1], [1, 0, 0, 1, 1, 0]], [[1, 0, 1, 1, 0, 1], [1, 1, 0, 1, 1, 1]]),
+}
+
+
+@pytest.mark.parametrize("carried", [False, True], ids=["from the start", "carried"])
+@pytest.mark.parametrize(("fresh", "whole"), FLAGS.values(), ids=FLAGS.keys())
+def test_prefix_is_its_definition(fresh: list, whole: list, carried: bool) -> None:
+    fresh, whole = (torch.tensor(flags, dtype=torch.bool) for flags in (fresh, whole))
+    carry = some_carry() if carried else None
+    code, v = example(6)
+    count, mean = code_prefix(code, v, CODES, fresh=fresh, whole=whole, carry=carry)
+    expected = definition(code, v, fresh, whole, carry)
+    torch.testing.assert_close(count, expected[0], rtol=0, atol=0)
+    torch.testing.assert_close(mean, expected[1], rtol=0, atol=1e-13)
+    weights = drawn(*mean.shape, seed=7)
+    ours, theirs = (torch.autograd.grad((m * weights).sum(), v)[0] for m in (mean, expected[1]))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-13)
+    assert not count[..., -1].any() or carried  # nobody has the last code
+
+
+def test_two_calls_are_one() -> None:
+    fresh, whole = torch.tensor([[1, 0, 0, 0, 0, 0]]).bool(), torch.ones(1, 6).bool()
+    code, v = example(6)
+    count, mean = code_prefix(code, v, CODES, fresh=fresh, whole=whole)
+    carry = count[:, :, 3], mean[:, :, 3]
+    for ours, theirs in zip(
+        code_prefix(code[:, :, 3:], v[:, :, 3:], CODES, fresh=fresh[:, 3:], whole=whole[:, 3:], carry=carry),
+        (count[:, :, 3:], mean[:, :, 3:]),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-14)
+
+
+def test_means_stay_exact_over_many_blocks() -> None:
+    """In float32, values about 1000: a running sum would be off by more than the spread of its values."""
+    code = torch.zeros(1, 1, 3000, 4, dtype=torch.int32)
+    v = (1000.0 + drawn(1, 1, 3000, 4, 1)).float()
+    flags = torch.zeros(1, 3000, dtype=torch.bool)
+    count, mean = code_prefix(code, v, 1, fresh=flags, whole=~flags)
+    exact = v[:, :, :-1].double().mean()
+    assert float(count[0, 0, -1, 0]) == 4 * 2999
+    assert abs(float(mean[0, 0, -1, 0, 0]) - float(exact)) < 1e-2
+
+
+@pytest.mark.parametrize("blocks", [0, 1])
+def test_no_block_before(blocks: int) -> None:
+    code, v = example(blocks)
+    flags = torch.ones(1, blocks, dtype=torch.bool)
+    count, mean = code_prefix(code, v, CODES, fresh=flags, whole=flags)
+    assert count.shape == (2, 2, blocks, CODES)
+    assert not count.any()
+    assert not mean.any()
+    assert not torch.autograd.grad(mean.sum(), v)[0].any()
+
+
+def test_values_in_16_bits_have_wide_means() -> None:
+    code, v = example(6)
+    fresh = torch.zeros(1, 6, dtype=torch.bool)
+    rounded = v.detach().bfloat16().requires_grad_()
+    count, mean = code_prefix(code, rounded, CODES, fresh=fresh, whole=~fresh)
+    assert count.dtype == mean.dtype == torch.float32
+    exact = code_prefix(code, rounded.detach().double(), CODES, fresh=fresh, whole=~fresh)[1]
+    torch.testing.assert_close(mean.double(), exact, rtol=0, atol=1e-6)
+    mean.sum().backward()
+    assert rounded.grad.dtype == torch.bfloat16
