@@ -222,31 +222,30 @@ class _Chunks:
         numbers = torch.arange(order.shape[2], device=order.device).expand_as(order)
         place = torch.empty_like(order).scatter_(2, order, numbers)
 
-        own = torch.arange(CHUNK, device=order.device)
-        leaver = seats.leaver[:, begin:end]
         first = torch.arange(begin, end, CHUNK, device=order.device)[:, None]
+        leaver = seats.leaver[:, begin:end]
         seat = seats.seat.gather(1, leaver.clamp(min=0)).unflatten(1, (chunks, CHUNK))
         leaver = leaver.unflatten(1, (chunks, CHUNK))
         column = torch.where(leaver >= first, candidates + leaver - first, seat).clamp(max=candidates + CHUNK - 1)
         concerned = torch.cat([place[:, :, candidates:], place.gather(2, column)], 2)
         sign = torch.cat([torch.ones_like(new), -(leaver >= 0).double()], 2)
         concerned, change = concerned.sort(dim=2)
-        sign, when = sign.gather(2, change), (change % CHUNK).to(torch.int32)
         since = torch.zeros_like(F.pad(order, (0, 1))).scatter_add_(2, concerned + 1, torch.ones_like(concerned))
 
-        began = (torch.searchsorted(document, document[:, begin:end].contiguous())).unflatten(
-            1, (chunks, CHUNK)
-        ) - first
-        met = (when[:, :, None] <= own.to(torch.int32)[:, None]) & (
-            when[:, :, None] >= began.to(torch.int32)[..., None]
-        )
+        # A change counts from its own token on, for queries of the same document: in floats, where masks are slow. In
+        # front of all changes stands none.
+        sign, when = (F.pad(t, (1, 0))[:, :, None] for t in (sign.gather(2, change), (change % CHUNK).double()))
+        sum_ = sign * F.pad(sorted_.gather(2, concerned), (1, 0))[:, :, None]
+        began = torch.searchsorted(document, document[:, begin:end].contiguous()).unflatten(1, (chunks, CHUNK)) - first
+        own = torch.arange(CHUNK, dtype=when.dtype, device=order.device)[:, None]
+        met = torch.minimum(own - when, when - began.double()[..., None]).add_(1.0).clamp_(0.0, 1.0)
         return _Chunks(
             value=sorted_,
             base=F.pad(sits.cumsum(2), (1, 0)),
             based=F.pad((sits * sorted_).cumsum(2), (1, 0)),
             since=since.cumsum(2),
-            count=F.pad((met * sign[:, :, None]).cumsum(3), (1, 0)),
-            total=F.pad((met * (sign * sorted_.gather(2, concerned))[:, :, None]).cumsum(3), (1, 0)),
+            count=(met * sign).cumsum(3),
+            total=met.mul_(sum_).cumsum(3),
             old=(documents == before).double(),
         )
 
