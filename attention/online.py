@@ -13,16 +13,15 @@ Legend of shapes: B batch, H heads, T tokens, C entries of a head, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from attention.mixer import floating
+from attention.mixer import WideModule
 
 
-class OnlineMeans(nn.Module):
+class OnlineMeans(WideModule):
     """`means` [H, C, D], each an average of the vectors that were assigned to it, the recent ones foremost.
 
     With b vectors of sum s assigned to an entry in an optimizer step, and g = decay:
@@ -70,15 +69,6 @@ class OnlineMeans(nn.Module):
             moved = (total - number[..., None] * self.means) / self.count[..., None].clamp(min=1e-6)
             self.means.add_(moved, alpha=fresh)
         self.pending.zero_()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OnlineMeans:
-        """`to`, `cuda`, `bfloat16`, ..: of the casts only those to float32 and wider."""
-
-        def kept_wide(x: Tensor) -> Tensor:
-            moved = fn(x)
-            return moved if moved.dtype == floating(moved) else x.to(moved.device)
-
-        return super()._apply(kept_wide, recurse)
 
 
 class _Learn(torch.autograd.Function):
