@@ -71,7 +71,8 @@ class MegaConfig:
 class DampedEma(WideModule):
     """x' = silu(e + omega x), e the damped moving average of each channel (equation 2 of the paper), n numbers each:
 
-        h_t = q h_{t-1} + a beta x_t;  e_t = sum over n of gamma n^-1/2 h_t;  a = sigmoid(alpha), q = 1 - a sigmoid(delta)
+        h_t = q h_{t-1} + a beta x_t;  e_t = sum over n of gamma n^-1/2 h_t
+        a = sigmoid(alpha), q = 1 - a sigmoid(delta)
 
     Parameters and h are float32 or wider: in bfloat16 what decays slowly would not decay at all. None decays as weight.
     """
@@ -120,9 +121,9 @@ class Mega(Mixer):
         q = Z kappa_q + mu_q, k = Z kappa_k + mu_k;  logit_ij = q_i k_j z^-1/2 + rot_i(bias_q) rot_j(bias_k)
         y = phi (silu(hx + (r o) W_h + b_h) - X), so that X + y = phi silu(..) + (1 - phi) X
 
-    A query meets the tokens of its own chunk, up to itself; the chunks are counted from the start of the document, where
-    the average begins anew. The bias tells i - j alone, and is z more columns of queries and keys. Queries and keys of
-    more than 128, or values of more than 256 columns, attend without the Triton kernels, on a GPU as on a CPU.
+    A query meets the tokens of its own chunk, up to itself; chunks are counted from the start of the document, where the
+    average begins anew. The bias tells i - j alone, and is z more columns of queries and keys. The Triton kernels of
+    attention take query_dim up to 128 and value_dim up to 256; wider, the CPU's path serves a GPU too.
     """
 
     Config = MegaConfig
@@ -145,8 +146,7 @@ class Mega(Mixer):
 
     def forward(self, x: Tensor, ctx: Context | None = None, state: MegaState | None = None) -> MixerOutput:
         """y [B, T, d] from x [B, T, d]; see `Mixer.forward`. ValueError for a state of another mixer's sizes."""
-        if state is not None:
-            state.check(self)
+        _check_state(state, self)
         clock = read_clock(x, ctx, None if state is None else state.stream)
         reset = None if clock.end is None else (clock.position == 0).expand(x.shape[:2])
         mixed, h = self.ema(x, None if state is None else state.h, reset)
@@ -229,12 +229,6 @@ class MegaState(LivingKeys):
         self.sizes = sizes
         self.h = torch.zeros(batch, *sizes[:2], dtype=like.dtype, device=like.device)
 
-    def check(self, mixer: Mega) -> None:
-        """ValueError unless a mixer of these sizes made it."""
-        if self.sizes != mixer.sizes:
-            names = "dim, ema_dim, query_dim, value_dim"
-            raise ValueError(f"the state was made for a mega mixer of ({names}) = {self.sizes}, not {mixer.sizes}")
-
     @property
     def bytes(self) -> int:
         """Bytes of h and of the living rows, over all sequences."""
@@ -244,6 +238,17 @@ class MegaState(LivingKeys):
     def capacity(self) -> int:
         """Bytes allocated, padding included."""
         return super().capacity + self.h.nbytes
+
+
+def _check_state(state: object, mixer: Mega) -> None:
+    """ValueError unless a mixer of the same sizes made it."""
+    if state is None:
+        return
+    if not isinstance(state, MegaState):
+        raise ValueError(f"a mega mixer needs a state of its own, got {type(state).__name__}")
+    if state.sizes != mixer.sizes:
+        names = "dim, ema_dim, query_dim, value_dim"
+        raise ValueError(f"the state was made for a mega mixer of ({names}) = {state.sizes}, not {mixer.sizes}")
 
 
 def _linear(inputs: int, outputs: int) -> nn.Linear:

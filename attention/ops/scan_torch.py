@@ -65,7 +65,7 @@ def scan_backward(
         more = tables.gradients(dinside, dinto, torch.bmm(starts.mT, from_start), ddecay)
         of_parameters = [a + m for a, m in zip(of_parameters, more, strict=True)]
     dlog_decay, db, dc = of_parameters
-    return dx, dlog_decay, db, dc, dh
+    return dx, dlog_decay, db, dc, dh.clone()
 
 
 @dataclass(frozen=True, eq=False)
