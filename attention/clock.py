@@ -95,9 +95,11 @@ def read_clock(x: Tensor, ctx: Context | None, stream: Stream | None) -> Clock:
     """The clock of the new tokens x [B, T, ...], from what the context says and the stream has seen.
 
     Documents follow from either `positions` (a 0 begins one) or `document_ends`; what is not given goes on
-    from the stream. Raises ValueError for tensors of another shape than [B, T].
+    from the stream. Raises ValueError for tensors of another shape than [B, T], or a stream of another batch.
     """
     batch, length = x.shape[:2]
+    if stream is not None and len(stream.start_B) != batch:
+        raise ValueError(f"the state was made for {len(stream.start_B)} sequences, got {batch}")
     if ctx is None or (ctx.positions is None and ctx.document_ends is None):
         return _continue(length, stream, x.device)
     for name, value in (("positions", ctx.positions), ("document_ends", ctx.document_ends)):

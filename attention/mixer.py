@@ -264,6 +264,19 @@ def floating(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+class WideModule(nn.Module):
+    """A module whose parameters and buffers stay float32 or wider, whatever it is cast to together with others."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WideModule:
+        """`to`, `cuda`, `bfloat16`, ..: of the casts only those to float32 and wider."""
+
+        def kept_wide(x: Tensor) -> Tensor:
+            moved = fn(x)
+            return moved if moved.dtype == floating(moved) else x.to(moved.device)
+
+        return super()._apply(kept_wide, recurse)
+
+
 def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T in at least float32, also under autocast: for what decides (routers, scores, clusters)."""
     wide = floating(x)

@@ -13,20 +13,19 @@ Legend of shapes: B batch, H heads, T tokens, C entries of a head, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from attention.mixer import floating
+from attention.mixer import WideModule
 from attention.ops.codes import code_sums
 
 ROUNDING = 1e-5  # of the sum of squares: a smaller sum of squared distances is none
 AT_ONCE = 256  # tokens summed in one product: their table of C entries each stays small
 
 
-class OnlineMeans(nn.Module):
+class OnlineMeans(WideModule):
     """`means` [H, C, D], each an average of the vectors that were assigned to it, the recent ones foremost.
 
     With b vectors of sum s assigned to an entry in an optimizer step, and g = decay:
@@ -98,15 +97,6 @@ class OnlineMeans(nn.Module):
         self.means[head, new] = total[head, old] / number[head, old, None]
         self.count[head, old] /= 2
         self.count[head, new] = self.count[head, old]
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OnlineMeans:
-        """`to`, `cuda`, `bfloat16`, ..: of the casts only those to float32 and wider."""
-
-        def kept_wide(x: Tensor) -> Tensor:
-            moved = fn(x)
-            return moved if moved.dtype == floating(moved) else x.to(moved.device)
-
-        return super()._apply(kept_wide, recurse)
 
 
 class _Learn(torch.autograd.Function):

@@ -38,5 +38,14 @@ def publish_all(tables: dict[str, list[dict[str, Any]]], path: str | None) -> No
         Path(path).write_text(json.dumps({"environment": environment(), **tables}, indent=1) + "\n")
 
 
+def publish_tables(tables: dict[str, list[dict[str, Any]]], path: str | None) -> None:
+    """As `publish`, of several tables, each with its name above it."""
+    for name, rows in tables.items():
+        print(f"{name}\n\n{table(rows)}\n")
+    print("; ".join(f"{key} {value}" for key, value in environment().items()))
+    if path:
+        Path(path).write_text(json.dumps({"environment": environment(), "tables": tables}, indent=1) + "\n")
+
+
 def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -120,3 +120,9 @@ def test_rotary_follows_positions_not_times() -> None:
     cos, _ = read_clock(x(), Context(positions=POSITIONS), None).rotary(4, 100.0)
     assert cos.shape == (2, 1, 5, 2)
     assert torch.equal(cos[0, 0, :2], cos[0, 0, 2:4])
+
+
+@pytest.mark.parametrize("ctx", [None, Context(positions=POSITIONS)], ids=["plain", "packed"])
+def test_a_stream_of_another_batch_is_refused(ctx: Context | None) -> None:
+    with pytest.raises(ValueError, match=r"the state was made for 3 sequences, got 2"):
+        read_clock(x(), ctx, Stream(7, torch.zeros(3, dtype=torch.int64)))

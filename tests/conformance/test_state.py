@@ -66,6 +66,13 @@ def test_training_goes_on_from_a_state(subject: Subject) -> None:
     assert last.vectors.grad.abs().sum() > 0
 
 
+def test_a_state_of_another_batch_is_refused(typical: Subject) -> None:
+    mixer = typical.mixer().eval()
+    for tokens in (Tokens.random(1, 3, typical.case.dim), Tokens.random(3, 3, typical.case.dim)):
+        with pytest.raises(ValueError, match=f"the state was made for 2 sequences, got {len(tokens.x)}"):
+            tokens.run(mixer, mixer.init_state(2))
+
+
 def test_the_state_is_as_large_as_the_cost_says(subject: Subject) -> None:
     mixer = subject.mixer().eval()
     tokens = Tokens.random(1, 40, subject.case.dim)

@@ -31,13 +31,15 @@ def cache(pytestconfig: pytest.Config) -> Path:
     return pytestconfig.cache.mkdir("triton")
 
 
-def compile_all(types: str, cache: Path, *path: str, options: Sequence[str] = OPTIONS, on: int = HOPPER) -> list[dict]:
+def compile_all(
+    types: str, cache: Path, *path: str, of: str = "attend", options: Sequence[str] = OPTIONS, on: int = HOPPER
+) -> list[dict]:
     """Rows of `compiled.py`, run where nothing is interpreted."""
     ours = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", ENVIRONMENT)}
     environment = ours | {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": os.pathsep.join([*path, str(ROOT)])}
     environment |= {"TRITON_DEFAULT_FP_FUSION": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-P", "-m", "tests.attention.kernels.compiled", "--json", "--types", types]
-    command += ["--options", ",".join(options), "--on", str(on)]
+    command += ["--of", of, "--options", ",".join(options), "--on", str(on)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     print(done.stderr)
@@ -49,12 +51,15 @@ def faults(rows: list[dict], on: int = HOPPER) -> list[str]:
     found = []
     for row in rows:
         name = f"{row['kernel']}, {row['type']}, width {row['width']}, {row['options']}, {row['tile']}"
+        no_products = row["kernel"] == "attend_sum_segments" or row["kernel"].startswith("scan")
         stack = STACK[row["type"]] if on == HOPPER else STACK_OTHER
+        if row["kernel"].startswith("scan"):
+            stack = 0
         if row["stack"] > stack:
             found.append(f"{name}: {row['stack']} bytes of spills, allowed {stack}")
         if row["shared"] > SHARED[on]:
             found.append(f"{name}: {row['shared']} bytes of shared memory, there are {SHARED[on]}")
-        if row["kernel"] == "attend_sum_segments" or row["type"] == "float32":
+        if no_products or row["type"] == "float32":
             continue
         warpgroups, warps = row["wgmma"], row["mma"]
         sides = [int(side) for side in row["tile"].split()[0].split("x")]
@@ -71,6 +76,19 @@ def test_hopper(cache: Path) -> None:
     rows = compile_all("bfloat16,float32", cache, options=IN_EVERY_RUN)
     assert len(rows) == 4 * 2 * 5 * 3
     assert not faults(rows), "\n".join(faults(rows))
+
+
+def test_the_scan_on_hopper(cache: Path) -> None:
+    rows = compile_all("bfloat16", cache, of="scan", options=("resets",))
+    assert len(rows) == 6 * 5
+    assert not faults(rows), "\n".join(faults(rows))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("on", [HOPPER, OTHER])
+def test_the_scan_elsewhere_and_in_other_types(cache: Path, on: int) -> None:
+    rows = compile_all("bfloat16,float16,float32", cache, of="scan", options=("plain", "resets"), on=on)
+    assert not faults(rows, on), "\n".join(faults(rows, on))
 
 
 @pytest.mark.slow
@@ -104,6 +122,9 @@ def test_faults_are_found() -> None:
     assert faults([good]) == []
     bad = [{"stack": 8}, {"shared": SHARED[HOPPER] + 1}, {"wgmma": 0, "mma": 64}, {"mma": 1}, {"wide_loads": 0}]
     assert [len(faults([{**good, **change}])) for change in bad] == [1] * len(bad)
+    scan = {**good, "kernel": "scan_ends", "wgmma": 0, "wide_loads": 0}
+    assert faults([scan]) == []
+    assert [len(faults([{**scan, "stack": 8}], on)) for on in (HOPPER, OTHER)] == [1, 1]
     ampere = {**good, "wgmma": 0, "mma": 64}
     assert faults([ampere], OTHER) == []
     bad = [{"stack": STACK_OTHER + 8}, {"shared": SHARED[OTHER] + 1}, {"mma": 0}]

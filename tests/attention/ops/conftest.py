@@ -201,7 +201,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "window, born a step late": lambda: case(ints(TOKENS + 1, TOKENS + 9)),
     "blocks": lambda: case(blocks(25)),
     "blocks, ragged": lambda: case(blocks(16)),
-    "blocks, narrow values": lambda: case(blocks(16), value_dim=3),
+    "blocks, narrow values": lambda: case(blocks(16), value_dim=5),
     "documents": documents,
     "windowed documents": windowed_documents,
     "s2": s2,

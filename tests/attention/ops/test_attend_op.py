@@ -8,6 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from attention.lifetimes import FOREVER, Lifetimes, causal, living_pairs, window
 from attention.ops.attend import attend, attend_reference
+from attention.ops.attend_operands import Operands
+from attention.ops.attend_torch import find_route
 
 
 def qkv(*, batch=2, heads=4, kv_heads=2, length=70, dim=8, dtype=torch.float32):
@@ -181,6 +183,14 @@ def test_flops_are_those_of_the_living_pairs(pattern, value_dim):
     with FlopCounterMode(display=False) as backward:
         out.sum().backward()
     assert backward.get_total_flops() == 2 * (3 * 8 + 2 * value_dim) * pairs
+
+
+@pytest.mark.parametrize(("value_dim", "fused"), [(4, False), (5, True), (15, True), (16, False)])
+def test_the_fused_kernel_is_not_fed_with_zeros(value_dim, fused):
+    """It wants keys of 8 as wide as values: where half of a row would be padding, the loop is faster."""
+    q, k, v = (t.detach() for t in qkv())
+    route = find_route(Operands(q, k, v.repeat(1, 1, 1, 2)[..., :value_dim], None, None, None, 1.0), causal(70), None)
+    assert (route.segments is not None) == fused
 
 
 MISTAKES = {
