@@ -3,8 +3,8 @@
     python benchmarks/enwik8_mixers.py PATH [--mixers dense local ...] [--seeds 1 2 3] [--json FILE]
 
 PATH: enwik8 or a prefix of it. Four layers of width 256 at T = 2,048 train on the same 300 x 4,096 bytes, in the same
-order, with the same settings, so at one learning rate, which is not the best one of each. Heads (of moh and mega
-the feed-forward layer) are chosen by hand so that `lmtrain inspect` counts the FLOPs of dense, to 2 %. The whole validation
+order, with the same settings, so at one learning rate, which is not the best one of each. Heads (of moh and mega the
+feed-forward layer) are chosen by hand so that `lmtrain inspect` counts the FLOPs of dense, to 2 %. The whole validation
 split is scored in disjoint windows of 2,048. Runs are kept in a folder; a second call goes on where the first stopped.
 """
 
