@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import time
 from typing import Any
 
 from report import publish
@@ -21,7 +20,7 @@ from lmtrain.floor import FloorReport, trial
 from lmtrain.waiting import Waiting, to_stderr
 
 
-def row(name: str, report: FloorReport, seconds: float) -> dict[str, Any]:
+def row(name: str, report: FloorReport) -> dict[str, Any]:
     """The numbers of one configuration."""
     alone = report.prefix_wise
     return {
@@ -34,7 +33,6 @@ def row(name: str, report: FloorReport, seconds: float) -> dict[str, Any]:
         "its standard error": None if alone is None else alone.standard_error,
         "below": report.below,
         "steps": report.steps,
-        "seconds": seconds,
     }
 
 
@@ -56,9 +54,8 @@ def main() -> None:
         steps = arguments.steps or config.train.steps
         model = dataclasses.replace(config.model, vocab_size=config.data.alphabet)
         config = dataclasses.replace(config, model=model, train=dataclasses.replace(config.train, steps=steps))
-        began = time.perf_counter()
         report = trial(config, watch=Waiting())
-        rows.append(row(name, report, time.perf_counter() - began))
+        rows.append(row(name, report))
         to_stderr(f"{name}: {report.verdict}")
     print("nats per token from ln 4, by one pass, in all and by quarter of the sequence, and prefix by prefix")
     publish(rows, arguments.json)
