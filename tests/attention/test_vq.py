@@ -12,7 +12,6 @@ from attention.clock import Clock
 from attention.mixer import Context, build, read_settings
 from attention.vq import VQ
 from tests.conformance.oracle import load, triangle
-from tests.conformance.sequences import Tokens
 
 ORACLE = load("vq")
 DIM = 16
