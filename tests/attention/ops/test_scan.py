@@ -36,7 +36,9 @@ def results(leaves, reset, function):
 
 
 def assert_as_defined(leaves, reset):
-    for ours, theirs in zip(*(results(leaves, reset, f) for f in (diagonal_scan, diagonal_scan_reference)), strict=True):
+    for ours, theirs in zip(
+        *(results(leaves, reset, f) for f in (diagonal_scan, diagonal_scan_reference)), strict=True
+    ):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-11)
 
 
@@ -44,6 +46,16 @@ def assert_as_defined(leaves, reset):
 @pytest.mark.parametrize("share", RESETS.values(), ids=RESETS.keys())
 def test_as_defined(length, share):
     assert_as_defined(operands(length), resets(share, length))
+
+
+@pytest.mark.parametrize("share", [None, 0.05, 0.5])
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_few_chunks_at_a_time(share, at_once, monkeypatch):
+    """Long rows are computed part by part; the gradients of the parameters are sums over them."""
+    monkeypatch.setattr(scan_torch, "CHUNK", 8)
+    monkeypatch.setattr(scan_torch, "AT_ONCE", 0)
+    monkeypatch.setattr(scan_torch, "FEWEST", 2 * at_once)
+    assert_as_defined(operands(75), resets(share, 75))
 
 
 def test_a_document_of_each_place_in_a_chunk():
