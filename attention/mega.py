@@ -121,9 +121,9 @@ class Mega(Mixer):
         q = Z kappa_q + mu_q, k = Z kappa_k + mu_k;  logit_ij = q_i k_j z^-1/2 + rot_i(bias_q) rot_j(bias_k)
         y = phi (silu(hx + (r o) W_h + b_h) - X), so that X + y = phi silu(..) + (1 - phi) X
 
-    A query meets the tokens of its own chunk, up to itself; chunks are counted from the start of the document, where the
-    average begins anew. The bias tells i - j alone, and is z more columns of queries and keys. The Triton kernels of
-    attention take query_dim up to 128 and value_dim up to 256; wider, the CPU's path serves a GPU too.
+    A query meets the tokens of its own chunk, up to itself; chunks are counted from the start of the document, where
+    the average begins anew. The bias tells i - j alone, and is z more columns of queries and keys. The Triton kernels
+    of attention take query_dim up to 128 and value_dim up to 256; wider, the CPU's path serves a GPU too.
     """
 
     Config = MegaConfig

@@ -1,4 +1,4 @@
-"""Mixers whose memory does not grow with what they have read, beside dense attention; and the moving average beside FFT.
+"""Mixers whose memory does not grow with what they read, beside dense attention; and a moving average beside FFT.
 
     python benchmarks/memory_mixers.py [--parts speed growth average decoding] [--threads 2] [--json FILE]
 
@@ -7,9 +7,9 @@ Whole mixers at width 256, float32, batch 1, random inputs, in turn within one p
 speed     forward + backward at --length tokens; `speed-up` is over `dense` with 4 heads of 64
 growth    the same from --growth shortest to longest; `exponent` e: time grows as T^e between these two; `peak` is what
           a pass allocates beside its inputs, in bytes per token
-average   `diagonal_scan` of 256 channels with 16 numbers each beside the same sums by FFT; `error` is the relative error
-          in L2 to the recurrence in float64; `leak` the largest change of an output in the first half, once the inputs
-          of the second half are 1000 times as large
+average   `diagonal_scan` of 256 channels with 16 numbers each beside the same sums by FFT; `error`: relative, in L2, to
+          the recurrence in float64; `leak`: the largest change of an output in the first half, once the inputs of the
+          second half are 1000 times as large
 decoding  one token at a time, the last --decoded tokens up to each of --marks: most bytes that the state held, and the
           median time of a token. What comes before is read in segments
 """

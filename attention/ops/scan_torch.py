@@ -20,21 +20,23 @@ from torch import Tensor
 
 CHUNK = 64  # tokens: inside, work grows with their square; between, each chunk costs a call or two
 SHORTEST = 4
+AT_ONCE = 2**20  # numbers of x that are turned to channels first: 4 MiB of float32, which stay in a cache
+FEWEST = 64  # chunks, over the batch: products of fewer rows are slow
 
 
 def scan_forward(
     x: Tensor, log_decay: Tensor, b: Tensor, c: Tensor, h0: Tensor, reset: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """y [B, T, C] and h [B, C, N] of `diagonal_scan`; all but x in one type, that of the results."""
-    y, h = torch.empty_like(x, dtype=b.dtype, memory_format=torch.contiguous_format), h0.clone()
-    for part in _parts(x, reset):
-        tables, rows = Tables.of(log_decay, b, c, part.length), part.rows(x, b.dtype)
+    y, h = torch.empty_like(x, dtype=b.dtype, memory_format=torch.contiguous_format), h0
+    for part, tables in _parts(x, log_decay, b, c, reset):
+        rows = part.rows(x, b.dtype)
         starts = part.states(rows, h, tables)
-        h = starts[-1].clone()
+        h = starts[-1]
         out = part.join(torch.bmm(part.split(rows), tables.inside))
         carried = torch.bmm(part.by_channel(starts[:-1]), tables.out)
         y[:, part.where] = part.tokens(out.add_(part.only(carried, part.first)))
-    return y, h
+    return y, h.clone()
 
 
 def scan_backward(
@@ -42,29 +44,37 @@ def scan_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, log_decay, b, c and h0, from those of y and h. States are computed again, one per chunk."""
     dx = torch.empty_like(x, dtype=b.dtype, memory_format=torch.contiguous_format)
-    of_parameters = [torch.zeros_like(t) for t in (log_decay, b, c)]
-    before, h = [], h0
-    for part in _parts(x, reset):
-        tables, rows = Tables.of(log_decay, b, c, part.length), part.rows(x, b.dtype)
-        starts = part.states(rows, h, tables)
-        before.append((part, tables, starts))
-        h = starts[-1]
-    for part, tables, starts in reversed(before):
+    done, h = [], h0
+    for part, tables in _parts(x, log_decay, b, c, reset):
+        states = part.states(part.rows(x, b.dtype), h, tables)
+        done.append((part, tables, states))
+        h = states[-1]
+    of_tables: dict[Tables, list[Tensor]] = {}
+    for part, tables, states in reversed(done):
         rows, drows = part.rows(x, b.dtype), part.rows(dy, b.dtype)
         from_start, into_end = part.only(drows, part.first), part.only(rows, part.last)
-        ends = part.adjoints(torch.bmm(from_start, tables.out.mT), dh, tables)
-        decayed = starts[:-1] * ends[1:]
-        ddecay = (decayed if part.keep is None else decayed * part.keep).sum((0, 1))
-        dh, dends, starts = ends[0], part.by_channel(ends[1:]), part.by_channel(starts[:-1])
-
+        dstates = part.adjoints(torch.bmm(from_start, tables.out.mT), dh, tables)
+        dh, dends, starts = dstates[0], part.by_channel(dstates[1:]), part.by_channel(states[:-1])
         pieces, dpieces = part.split(rows), part.split(drows)
-        dpiece = part.join(torch.bmm(dpieces, tables.inside.mT))
-        dpiece = dpiece.add_(part.only(torch.bmm(dends, tables.into.mT), part.last))
-        dx[:, part.where] = part.tokens(dpiece)
-        dinside, dinto = torch.bmm(pieces.mT, dpieces), torch.bmm(into_end.mT, dends)
-        more = tables.gradients(dinside, dinto, torch.bmm(starts.mT, from_start), ddecay)
-        of_parameters = [a + m for a, m in zip(of_parameters, more, strict=True)]
-    dlog_decay, db, dc = of_parameters
+        drow = part.join(torch.bmm(dpieces, tables.inside.mT))
+        drow = drow.add_(part.only(torch.bmm(dends, tables.into.mT), part.last))
+        dx[:, part.where] = part.tokens(drow)
+
+        decayed = states[:-1] * dstates[1:]
+        found = [
+            torch.bmm(pieces.mT, dpieces),
+            torch.bmm(into_end.mT, dends),
+            torch.bmm(starts.mT, from_start),
+            (decayed if part.keep is None else decayed * part.keep).sum((0, 1)),
+        ]
+        sums = of_tables.setdefault(tables, found)
+        if sums is not found:
+            for total, more in zip(sums, found, strict=True):
+                total.add_(more)
+    dlog_decay, db, dc = (torch.zeros_like(t) for t in (log_decay, b, c))
+    for tables, sums in of_tables.items():
+        for total, more in zip((dlog_decay, db, dc), tables.gradients(*sums), strict=True):
+            total.add_(more)
     return dx, dlog_decay, db, dc, dh.clone()
 
 
@@ -187,14 +197,19 @@ class Part:
         return states.permute(2, 1, 0, 3).flatten(1, 2)
 
 
-def _parts(x: Tensor, reset: Tensor | None) -> Iterator[Part]:
-    """All tokens: those of whole chunks, then the rest as a shorter one."""
-    batch, total = x.shape[:2]
+def _parts(x: Tensor, log_decay: Tensor, b: Tensor, c: Tensor, reset: Tensor | None) -> Iterator[tuple[Part, Tables]]:
+    """All tokens, so many whole chunks at a time that they stay in a cache; then the rest as a shorter chunk."""
+    batch, total, channels = x.shape
     length = _chunk_length(reset)
     whole = total - total % length
-    for where, chunk in ((slice(0, whole), length), (slice(whole, total), total - whole)):
-        if where.start < where.stop:
-            yield Part.of(where, chunk, batch, reset)
+    at_once = max(AT_ONCE // max(1, batch * channels * length), FEWEST // max(1, batch), 1) * length
+    if whole:
+        tables = Tables.of(log_decay, b, c, length)
+        for begin in range(0, whole, at_once):
+            yield Part.of(slice(begin, min(begin + at_once, whole)), length, batch, reset), tables
+    if whole < total:
+        rest = total - whole
+        yield Part.of(slice(whole, total), rest, batch, reset), Tables.of(log_decay, b, c, rest)
 
 
 def _chunk_length(reset: Tensor | None) -> int:

@@ -58,7 +58,8 @@ def scan_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, log_decay, b, c and h0, as `scan_torch.scan_backward`."""
     if x.numel() == 0 or b.numel() == 0:
-        return torch.zeros_like(x), *(torch.zeros_like(t) for t in (log_decay, b, c)), dh.clone()
+        none = [torch.zeros_like(t) for t in (log_decay, b, c)]
+        return torch.zeros_like(x), none[0], none[1], none[2], dh.clone()
     call = _Call(x, log_decay, b, c, reset)
     dy = dy.contiguous()
     starts, _ = call.starts(h0)

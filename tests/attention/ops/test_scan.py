@@ -48,6 +48,16 @@ def test_as_defined(length, share):
     assert_as_defined(operands(length), resets(share, length))
 
 
+@pytest.mark.parametrize("share", [None, 0.05, 0.5])
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_few_chunks_at_a_time(share, at_once, monkeypatch):
+    """Long rows are computed part by part; the gradients of the parameters are sums over them."""
+    monkeypatch.setattr(scan_torch, "CHUNK", 8)
+    monkeypatch.setattr(scan_torch, "AT_ONCE", 0)
+    monkeypatch.setattr(scan_torch, "FEWEST", 2 * at_once)
+    assert_as_defined(operands(75), resets(share, 75))
+
+
 def test_a_document_of_each_place_in_a_chunk():
     for begin in range(10):
         reset = torch.zeros(1, 10, dtype=torch.bool)
