@@ -217,7 +217,7 @@ class _Chunks:
         sits = (tokens >= 0) & (document.gather(1, flat).view_as(tokens) == before)
         old = torch.where(sits, value.gather(1, flat).view_as(tokens), 0.0)
 
-        sorted_, order = torch.cat([old, new], 2).sort(dim=2, descending=True)
+        sorted_, order = torch.cat([old, new], 2).sort(dim=2, descending=True, stable=True)
         sits = F.pad(sits.double(), (0, CHUNK)).gather(2, order)
         numbers = torch.arange(order.shape[2], device=order.device).expand_as(order)
         place = torch.empty_like(order).scatter_(2, order, numbers)
@@ -229,7 +229,7 @@ class _Chunks:
         column = torch.where(leaver >= first, candidates + leaver - first, seat).clamp(max=candidates + CHUNK - 1)
         concerned = torch.cat([place[:, :, candidates:], place.gather(2, column)], 2)
         sign = torch.cat([torch.ones_like(new), -(leaver >= 0).double()], 2)
-        concerned, change = concerned.sort(dim=2)
+        concerned, change = concerned.sort(dim=2, stable=True)  # of one token, to come before to leave
         since = torch.zeros_like(F.pad(order, (0, 1))).scatter_add_(2, concerned + 1, torch.ones_like(concerned))
 
         # A change counts from its own token on, for queries of the same document: in floats, where masks are slow. In
