@@ -1,5 +1,6 @@
 """SPARSEK: its limits, how its scores learn, its costs, streams and statistics, and what is no number."""
 
+import functools
 import itertools
 from typing import Any
 
@@ -366,8 +367,10 @@ def test_what_is_no_number_is_not_hidden(value: float, settings: dict[str, Any])
     assert read(mixer, x.detach(), [39, 1, 1, 49], state)[0, 40].isnan().all()
 
 
-def test_scores_that_are_no_number_are_not_hidden() -> None:
-    """Of finite tokens: a selection by them is none."""
+@pytest.mark.parametrize("implementation", ["torch", "reference"])
+def test_scores_that_are_no_number_are_not_hidden(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of finite tokens: a selection by them is none, even where attention takes a share that is no number for 0."""
+    monkeypatch.setattr("attention.sparsek.attend", functools.partial(attend, implementation=implementation))
     mixer, x = ready(), tokens(30)
     with torch.no_grad():
         mixer.router.weight[0, 0] = torch.nan
