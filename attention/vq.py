@@ -332,14 +332,13 @@ class CodeState(SpanState):
         """The new tokens are done. Of the complete blocks of `length` tokens keep the last one, and fold the others:
         they are the prefix of that one, count [B, G, N, S] and mean. None: no block is complete."""
         tokens, position = self.tail.size + clock.time.shape[1], clock.position[:, -1] + 1
-        none_complete = position < length
         if prefix is not None:
+            # Where none is complete any will do: the next complete block is the first of its document.
             last = (tokens - length - position % length).clamp(min=0) // length
             row = torch.arange(len(self.kept_B), device=last.device)
             count, mean = (x.detach()[row, :, last].clone() for x in prefix)
-            nobody = none_complete[:, None, None]
-            self.folded = count.masked_fill(nobody, 0.0), mean.masked_fill(nobody[..., None], 0.0)
-        self.keep(new, position % length + torch.where(none_complete, 0, length), clock)
+            self.folded = count, mean
+        self.keep(new, position % length + torch.where(position < length, 0, length), clock)
 
     @property
     def bytes(self) -> int:
