@@ -2,7 +2,7 @@
 
     python benchmarks/enwik8_mixers.py PATH [--mixers dense local ...] [--seeds 1 2 3] [--json FILE]
 
-PATH: enwik8 or a prefix of it. Four layers of width 256 at T = 2,048 train on the same 300 x 4,096 bytes, in the same
+PATH: enwik8 or a prefix of it. Four layers of width 256 at T = 2,048 train on the same 600 x 2,048 bytes, in the same
 order, with the same settings, so at one learning rate, which is not the best one of each. Heads (of moh and mega the
 feed-forward layer) are chosen by hand so that `lmtrain inspect` counts the FLOPs of dense, to 2 %. The whole validation
 split is scored in disjoint windows of 2,048. Runs are kept in a folder; a second call goes on where the first stopped.
@@ -21,8 +21,8 @@ from typing import Any
 from report import publish
 
 SETTINGS = [
-    *("data.seq_len=2048", "train.steps=300", "train.batch_tokens=4096", "optimizer.lr=2e-3", "model.dim=256"),
-    *("model.layers=4", "eval.every=0", "eval.tokens=4096", "checkpoint.every=100", "checkpoint.keep=1"),
+    *("data.seq_len=2048", "train.steps=600", "train.batch_tokens=2048", "optimizer.lr=1.5e-3", "model.dim=256"),
+    *("model.layers=4", "eval.every=0", "eval.tokens=4096", "checkpoint.every=200", "checkpoint.keep=1"),
     "model.pattern=far",
 ]
 NEAR = "model.mixers.near={kind: local, heads: 4, head_dim: 64, window: 256}"
