@@ -5,7 +5,8 @@
 PATH: enwik8 or a prefix of it. Four layers of width 256 at T = 2,048 train on the same 600 x 2,048 bytes, in the same
 order, with the same settings, so at one learning rate, which is not the best one of each. Heads (of moh and mega the
 feed-forward layer) are chosen by hand so that `lmtrain inspect` counts the FLOPs of dense, to 2 %. The whole validation
-split is scored in disjoint windows of 2,048. Runs are kept in a folder; a second call goes on where the first stopped.
+split is scored in disjoint windows of 2,048, and once more as one stream, with the state of every mixer carried along (no
+key outlives 8,192 bytes). Runs are kept in a folder; a second call goes on where the first stopped.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def lmtrain(*words: str) -> str:
 
 
 def result(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Cost, bits per byte and speed of one run: trained and scored now, unless that was done before."""
+    """Cost and bits per byte of one run: trained and scored now, unless that was done before."""
     run = Path(arguments.folder) / f"{name}-{seed}"
     settings = [*SETTINGS, *MIXERS[name], f"data.path={arguments.path}", f"train.threads={arguments.threads}"]
     kept = run / "result.json"
@@ -63,10 +64,11 @@ def result(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any
         lmtrain("train", "enwik8/dense", *settings, f"run.seed={seed}", f"run.dir={run}")
         scored = json.loads(lmtrain("eval", str(run), "--json"))
         cost = json.loads(lmtrain("inspect", "enwik8/dense", *settings, "--json"))
-        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        speed = statistics.median(row["tokens_per_second"] for row in rows if "tokens_per_second" in row)
-        kept.write_text(json.dumps({"eval": scored, "cost": cost, "bytes_per_second": speed}))
-    return json.loads(kept.read_text())
+        kept.write_text(json.dumps({"eval": scored, "cost": cost}))
+    carried = run / "carried.json"
+    if not carried.exists():
+        carried.write_text(lmtrain("eval", str(run), "--carry", "--json"))
+    return {**json.loads(kept.read_text()), "carried": json.loads(carried.read_text())}
 
 
 def main() -> None:
@@ -90,6 +92,7 @@ def main() -> None:
                 "mixer": name,
                 "bits per byte": statistics.mean(bits),
                 "of each seed": ", ".join(f"{value:.3f}" for value in bits),
+                "state carried": statistics.mean(one["carried"]["bits_per_byte"] for one in mine),
                 "MFLOPs per token": cost["flops_per_token"]["forward"] / 1e6,
                 "parameters": cost["parameters"],
                 "pairs per token": cost["pairs_per_token"],
