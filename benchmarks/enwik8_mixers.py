@@ -5,8 +5,8 @@
 PATH: enwik8 or a prefix of it. Four layers of width 256 at T = 2,048 train on the same 600 x 2,048 bytes, in the same
 order, with the same settings, so at one learning rate, which is not the best one of each. Heads (of moh and mega the
 feed-forward layer) are chosen by hand so that `lmtrain inspect` counts the FLOPs of dense, to 2 %. The whole validation
-split is scored in disjoint windows of 2,048, and once more as one stream, with the state of every mixer carried along (no
-key outlives 8,192 bytes). Runs are kept in a folder; a second call goes on where the first stopped.
+split is scored in disjoint windows of 2,048, and once more as one stream, with the state of every mixer carried along
+(no key outlives 8,192 bytes). Runs are kept in a folder; a second call goes on where the first stopped.
 """
 
 from __future__ import annotations
