@@ -2,7 +2,7 @@
 
     python benchmarks/enwik8_mixers.py PATH [--mixers dense local ...] [--seeds 1 2 3] [--json FILE]
 
-PATH: enwik8 or a prefix of it. Four layers of width 256 at T = 2,048 train on the same 600 x 2,048 bytes, in the same
+PATH: enwik8 or a prefix of it. Four layers of width 256 at T = 2,048 train on the same 400 x 2,048 bytes, in the same
 order, with the same settings, so at one learning rate, which is not the best one of each. Heads (of moh and mega the
 feed-forward layer) are chosen by hand so that `lmtrain inspect` counts the FLOPs of dense, to 2 %. The whole validation
 split is scored in disjoint windows of 2,048, and once more as one stream, with the state of every mixer carried along
@@ -22,7 +22,7 @@ from typing import Any
 from report import publish
 
 SETTINGS = [
-    *("data.seq_len=2048", "train.steps=600", "train.batch_tokens=2048", "optimizer.lr=1.5e-3", "model.dim=256"),
+    *("data.seq_len=2048", "train.steps=400", "train.batch_tokens=2048", "optimizer.lr=1.5e-3", "model.dim=256"),
     *("model.layers=4", "eval.every=0", "eval.tokens=4096", "checkpoint.every=200", "checkpoint.keep=1"),
     "model.pattern=far",
 ]
