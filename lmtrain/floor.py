@@ -38,8 +38,8 @@ ERRORS = 3
 """Standard errors below the floor that are no chance."""
 ROUNDING = 1e-6
 
-LENGTHS = ("window", "keep", "candidates", "block", "columns", "chunk", "span")
-"""What mixers call a number of tokens: it is scaled where it would let every query meet everything before it."""
+LENGTHS = ("window", "keep", "candidates", "block", "codes", "columns", "chunk", "span")
+"""What mixers call a number of tokens, or of keys that stand for many: it is scaled where it would let every query meet everything before it."""
 
 Watch = Callable[[str, int, int], None]
 

@@ -9,7 +9,7 @@ import pytest
 
 from tests.documents import code_blocks, copy_parts
 
-PARTS = ("attention", "data", "parallel", "lmtrain", "launch", "configs", "tests", "pyproject.toml")
+PARTS = ("attention", "data", "parallel", "lmtrain", "launch", "configs", "docs", "tests", "pyproject.toml")
 
 
 @pytest.fixture(scope="module")

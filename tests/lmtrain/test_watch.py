@@ -43,9 +43,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Context]:
     loss = DecoderLM.loss
 
     @functools.wraps(loss)
-    def spied(model: DecoderLM, tokens: Any, labels: Any, ctx: Context) -> Any:
+    def spied(model: DecoderLM, tokens: Any, labels: Any, ctx: Context, *state: Any) -> Any:
         contexts.append(ctx)
-        return loss(model, tokens, labels, ctx)
+        return loss(model, tokens, labels, ctx, *state)
 
     monkeypatch.setattr(DecoderLM, "loss", spied)
     return contexts
