@@ -3,7 +3,7 @@
     python benchmarks/selection.py [--length 8192] [--lengths 4096 .. 32768] [--repeats 5] [--threads 2] [--json FILE]
 
 Forward and backward of a whole mixer, float32, batch 1, dim 256, heads of 64; medians of alternated repeats in one
-process. `speed-up` is over dense attention: of as many heads, and of the 4 that fill dim. `growth` is the slope of
+process. `speed-up` is over dense attention: of as many heads, key heads too, and of the 4 that fill dim. `growth` is the slope of
 log time over log length, a least-squares fit: 1 is linear, 2 quadratic. MoH is compared with all of its heads computed
 for all tokens. The largest tensor is that of MoSA with heads enough that they keep 8 of each token, beside what it
 would be if the tokens of all heads existed together.
@@ -19,15 +19,17 @@ from typing import Any
 import torch
 from report import alternated, publish_all
 
-from attention.mixer import MIXERS, Mixer, build
+from attention.mixer import Mixer, build
 from lmtrain.bench.measure import largest_bytes
 
 DIM, WIDTH = 256, 64
 MOSA: dict[str, Any] = {"heads": 16, "head_dim": WIDTH, "keep": 256}
-CHOOSING: dict[str, dict[str, Any]] = {
-    "mosa": MOSA,
-    "routing": {"heads": 4, "head_dim": WIDTH, "clusters": 8, "window": 256},
-    "sparsek": {"heads": 4, "head_dim": WIDTH, "keep": 256, "window": 128},
+SPARSEK: dict[str, Any] = {"heads": 4, "head_dim": WIDTH, "keep": 256, "window": 128}
+CHOOSING: dict[str, tuple[str, dict[str, Any]]] = {
+    "mosa": ("mosa", MOSA),
+    "routing": ("routing", {"heads": 4, "head_dim": WIDTH, "clusters": 8, "window": 256}),
+    "sparsek": ("sparsek", SPARSEK),
+    "sparsek, one key head": ("sparsek", {**SPARSEK, "kv_heads": 1}),
 }
 MOH: dict[str, Any] = {"heads": 8, "head_dim": WIDTH, "shared_heads": 2}
 ACTIVE = {"half": 2, "all": 6}  # of the six routed heads of MoH: in all 4 of 8 heads serve a token, or 8 of 8
@@ -45,22 +47,25 @@ def trained(kind: str, length: int, **settings: Any) -> Callable[[], object]:
 
 def speed_rows(length: int, repeats: int) -> list[dict[str, Any]]:
     """Each mixer against dense attention of as many heads, and of those that fill dim."""
-    kinds = {kind: settings for kind, settings in CHOOSING.items() if kind in MIXERS}
-    full = DIM // WIDTH
-    runs: dict[Any, Callable[[], object]] = {kind: trained(kind, length, **s) for kind, s in kinds.items()}
-    for heads in sorted({full, *(s["heads"] for s in kinds.values())}):
-        runs[heads] = trained("dense", length, heads=heads, head_dim=WIDTH)
+    runs: dict[Any, Callable[[], object]] = {
+        name: trained(kind, length, **settings) for name, (kind, settings) in CHOOSING.items()
+    }
+    peers = {
+        name: [(s["heads"], s.get("kv_heads")), (DIM // WIDTH, s.get("kv_heads"))] for name, (_, s) in CHOOSING.items()
+    }
+    for heads, kv_heads in sorted({peer for mine in peers.values() for peer in mine}, key=str):
+        runs[heads, kv_heads] = trained("dense", length, heads=heads, kv_heads=kv_heads, head_dim=WIDTH)
     runs |= {name: trained("moh", length, **MOH, active_heads=active) for name, active in ACTIVE.items()}
     seconds = alternated(runs, repeats)
     rows = [
         {
-            "mixer": kind,
-            "ms": 1e3 * seconds[kind],
-            "against": f"dense, {heads} heads",
-            "speed-up": seconds[heads] / seconds[kind],
+            "mixer": name,
+            "ms": 1e3 * seconds[name],
+            "against": f"dense, {peer[0]} heads" + (f", {peer[1]} key head" if peer[1] else ""),
+            "speed-up": seconds[peer] / seconds[name],
         }
-        for kind, settings in kinds.items()
-        for heads in dict.fromkeys((settings["heads"], full))
+        for name, mine in peers.items()
+        for peer in dict.fromkeys(mine)
     ]
     share = {"against": "all of its 8 heads", "speed-up": seconds["all"] / seconds["half"]}
     return [*rows, {"mixer": "moh, 4 of 8 heads", "ms": 1e3 * seconds["half"], **share}]
@@ -69,12 +74,10 @@ def speed_rows(length: int, repeats: int) -> list[dict[str, Any]]:
 def growth_rows(lengths: list[int], repeats: int) -> list[dict[str, Any]]:
     """Time of each mixer at each length, and how it grows."""
     rows = []
-    for kind, settings in CHOOSING.items():
-        if kind not in MIXERS:
-            continue
+    for name, (kind, settings) in CHOOSING.items():
         seconds = alternated({length: trained(kind, length, **settings) for length in lengths}, repeats)
         times = {f"T={length} ms": 1e3 * seconds[length] for length in lengths}
-        rows.append({"mixer": kind, **times, "growth": slope(seconds)})
+        rows.append({"mixer": name, **times, "growth": slope(seconds)})
     return rows
 
 

@@ -21,7 +21,7 @@ from attention.lifetimes import FOREVER
 from attention.ops.select import streaming_top_k
 
 CHUNK = 64  # tokens that share one sorted list of candidates
-AT_ONCE = 2**20  # numbers in the largest tensor: 8 MiB
+AT_ONCE = 2**19  # numbers in the largest tensor: 8 MiB
 
 
 def sparsek_threshold(
