@@ -3,10 +3,10 @@
     python benchmarks/selection.py [--length 8192] [--lengths 4096 .. 32768] [--repeats 5] [--threads 2] [--json FILE]
 
 Forward and backward of a whole mixer, float32, batch 1, dim 256, heads of 64; medians of alternated repeats in one
-process. `speed-up` is over dense attention: of as many heads, key heads too, and of the 4 that fill dim. `growth` is the slope of
-log time over log length, a least-squares fit: 1 is linear, 2 quadratic. MoH is compared with all of its heads computed
-for all tokens. The largest tensor is that of MoSA with heads enough that they keep 8 of each token, beside what it
-would be if the tokens of all heads existed together.
+process. `speed-up` is over dense attention: of as many heads, key heads too, and of the 4 that fill dim. `growth` is
+the slope of log time over log length, a least-squares fit: 1 is linear, 2 quadratic. MoH is compared with all of its
+heads computed for all tokens. The largest tensor is that of MoSA with heads enough that they keep 8 of each token,
+beside what it would be if the tokens of all heads existed together.
 """
 
 from __future__ import annotations
