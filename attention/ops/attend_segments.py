@@ -6,7 +6,7 @@ causal), a block, a document. In the other kind all are born together, too: one 
 block reads.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -126,8 +126,10 @@ def segments_forward(
     if _one_call(segments, q, k):
         out, lse = call(q, k, v, bias)
         return out, lse
-    out = empty_heads_last(q, v.shape[-1]).zero_()
-    lse = empty_heads_last(q, dtype=torch.promote_types(q.dtype, torch.float32)).fill_(-torch.inf)
+    out = empty_heads_last(q, v.shape[-1])
+    lse = empty_heads_last(q, dtype=torch.promote_types(q.dtype, torch.float32))
+    for target, nothing in ((out, 0.0), (lse, -torch.inf)):
+        _fill_rest(target, segments, nothing, lambda run: run.queries)
     for examples, run in _each(segments, len(q)):
         here = call(*_fold(run.queries, run, examples, q), *_fold(run.keys, run, examples, k, v, bias))
         _unfold(run.queries, run, examples, (out, lse), here)
@@ -173,8 +175,11 @@ def segments_backward(
     if _one_call(segments, q, k):
         dq, dk, dv = call(q, dout, out, lse, k, v, bias)
         return dq.to(dtype), dk.to(dtype), dv.to(dtype)
-    dq, dk = (empty_heads_last(x, dim, dtype=dtype).zero_() for x in (q, k))
-    dv = empty_heads_last(v, value_dim, dtype=dtype).zero_()
+    dq, dk = (empty_heads_last(x, dim, dtype=dtype) for x in (q, k))
+    dv = empty_heads_last(v, value_dim, dtype=dtype)
+    _fill_rest(dq, segments, 0.0, lambda run: run.queries)
+    for target in (dk, dv):
+        _fill_rest(target, segments, 0.0, lambda run: run.keys)
     for examples, run in _each(segments, len(q)):
         queries = _fold(run.queries, run, examples, q, dout, out, lse)
         here = call(*queries, *_fold(run.keys, run, examples, k, v, bias))
@@ -207,6 +212,22 @@ def _unfold(where: Stretch, run: Run, examples: slice, targets: Sequence[Tensor]
     for target, value in zip(targets, values, strict=True):
         places = _groups(where, run, target[examples])
         places.copy_(value.unflatten(0, places.shape[:2]))
+
+
+def _fill_rest(target: Tensor, segments: Segments, value: float, of: Callable[[Run], Stretch]) -> None:
+    """`value` into the places of a target [B, heads, n, ...] that no group of `of` its runs will write."""
+    alike = len(target) // len(segments.rows)
+    for row, runs in enumerate(segments.rows):
+        mine, end = target[row * alike : (row + 1) * alike], 0
+        for run in runs:
+            first, length, step = of(run)
+            mine[:, :, end:first] = value
+            if step > length and run.number > 1:
+                _groups(Stretch(first + length, step - length, step), run._replace(number=run.number - 1), mine)[:] = (
+                    value
+                )
+            end = first + (run.number - 1) * step + length
+        mine[:, :, end:] = value
 
 
 def _groups(where: Stretch, run: Run, x: Tensor) -> Tensor:
