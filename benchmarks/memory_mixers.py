@@ -27,16 +27,18 @@ import torch
 from report import alternated, publish_tables
 from torch import Tensor
 
-from attention.mixer import MIXERS, Mixer, build
+from attention.mixer import Mixer, build
 from attention.ops.scan import diagonal_scan, diagonal_scan_reference
 from lmtrain.bench.measure import peak_bytes
 
 DIM = 256
 DENSE = "dense"
-SETTINGS: dict[str, dict[str, Any]] = {
-    DENSE: {"heads": 4},
-    "mega": {"chunk": 512},
-    "vq": {"heads": 4, "block": 256, "codes": 256},
+CODES: dict[str, Any] = {"heads": 4, "block": 256, "codes": 256}
+SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
+    DENSE: (DENSE, {"heads": 4}),
+    "mega": ("mega", {"chunk": 512}),
+    "vq": ("vq", CODES),
+    "vq, positions none": ("vq", {**CODES, "positions": "none"}),
 }
 SEGMENT = 4096
 
@@ -183,7 +185,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    mixers = {name: build(name, DIM, **settings) for name, settings in SETTINGS.items() if name in MIXERS}
+    mixers = {name: build(kind, DIM, **settings) for name, (kind, settings) in SETTINGS.items()}
     makers: dict[str, Callable[[], Rows]] = {
         "speed": lambda: speed(mixers, arguments),
         "growth": lambda: growth(mixers, arguments),
