@@ -39,7 +39,8 @@ ERRORS = 3
 ROUNDING = 1e-6
 
 LENGTHS = ("window", "keep", "candidates", "block", "codes", "columns", "chunk", "span")
-"""What mixers call a number of tokens, or of keys that stand for many: it is scaled where it would let every query meet everything before it."""
+"""What mixers call a number of tokens, or of keys that stand for many: it is scaled where it would let every query meet
+everything before it."""
 
 Watch = Callable[[str, int, int], None]
 

@@ -187,8 +187,8 @@ def test_flops_are_those_of_the_living_pairs(pattern, value_dim):
 
 @pytest.mark.parametrize(("value_dim", "fused"), [(2, False), (3, True), (15, True), (16, False)])
 def test_the_fused_kernel_is_not_fed_with_zeros(value_dim, fused):
-    """It wants keys of 8 as wide as values: where half of a key, or two thirds of a value, would be padding, the loop is
-    faster."""
+    """It wants keys of 8 as wide as values: where half of a key, or two thirds of a value, would be padding, the loop
+    is faster."""
     q, k, v = (t.detach() for t in qkv())
     route = find_route(Operands(q, k, v.repeat(1, 1, 1, 2)[..., :value_dim], None, None, None, 1.0), causal(70), None)
     assert (route.segments is not None) == fused
