@@ -9,6 +9,12 @@ from attention.clock import Clock, Stream
 from attention.lifetimes import FOREVER, Lifetimes
 
 
+def take_rows(rows: Tensor, order: Tensor) -> Tensor:
+    """Of rows [B, G, N] or [B, G, N, D] those at `order`, int64 [B, G, n]."""
+    index = order if rows.dim() == 3 else order[..., None].expand(*order.shape, rows.shape[3])
+    return rows.gather(2, index)
+
+
 class LivingKeys:
     """Rows of (k, v) with their lifetimes, appended as tokens come and forgotten once nobody can meet them.
 
@@ -88,8 +94,7 @@ class LivingKeys:
             order = (~alive).to(torch.int8).argsort(dim=2, stable=True)[:, :, :most]
             padding = torch.arange(most, device=order.device) >= count
             for name, rows in self.rows.items():
-                index = order if rows.dim() == 3 else order[..., None].expand(*order.shape, rows.shape[3])
-                self.rows[name] = rows[:, :, : self.size].gather(2, index)
+                self.rows[name] = take_rows(rows[:, :, : self.size], order)
             self.rows["birth"].masked_fill_(padding, FOREVER)
             self.rows["death"].masked_fill_(padding, 0)
             self.size = most

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attention.cache import take_rows
 from attention.clock import Clock, Stream, read_clock
 from attention.debug import check_finite
 from attention.lifetimes import FOREVER, Lifetimes, by_lifespan
@@ -25,7 +25,6 @@ from attention.mixer import (
     Cost,
     Mixer,
     MixerOutput,
-    floating,
     init_fan_in,
     no_weight_decay,
     parameter_count,
@@ -33,6 +32,7 @@ from attention.mixer import (
     report,
     residual_output,
     setting,
+    wide_linear,
 )
 from attention.ops.attend import attend
 from attention.ops.project import gather_project, scatter_project
@@ -134,9 +134,7 @@ class Mosa(Mixer):
 
     def scores(self, x: Tensor) -> Tensor:
         """The routers' scores [B, H, T] of x [B, T, d], in at least float32: rounded to 16 bits many would tie."""
-        wide = floating(x)
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.to(wide), self.router.weight.to(wide)).transpose(1, 2)
+        return wide_linear(x, self.router.weight).transpose(1, 2)
 
     def deaths(self, score: Tensor, clock: Clock) -> Tensor:
         """When the keys die that all tokens would have, int64 [B, H, T]; the inactive at their own time."""
@@ -307,9 +305,7 @@ class ChosenKeys:
         """Of the rows those that still compete."""
         alive = (rows["death"] > self.stream.now) & (rows["birth"] < FOREVER)
         order = (~alive).to(torch.int8).argsort(dim=2, stable=True)[:, :, : self.config.keep]
-        for name, given in rows.items():
-            index = order if given.dim() == 3 else order[..., None].expand(*order.shape, given.shape[3])
-            self.rows[name] = given.detach().gather(2, index)
+        self.rows = {name: take_rows(given.detach(), order) for name, given in rows.items()}
         self.rows["birth"].masked_fill_(~alive.gather(2, order), FOREVER)
 
     @property

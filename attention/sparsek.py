@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attention.cache import take_rows
 from attention.clock import Clock, Stream, read_clock
 from attention.debug import check_finite
 from attention.lifetimes import FOREVER, Lifetimes, by_lifespan
@@ -222,9 +223,8 @@ class Candidates:
         order = alive.to(torch.int8).argsort(dim=2, stable=True)
         order = order[:, :, order.shape[2] - int(alive.sum(2).max()) :]
         time = torch.where(alive, rows.time, FOREVER)
-        for name, given in (("k", rows.k), ("v", rows.v), ("u", rows.u), ("time", time)):
-            index = order if given.dim() == 3 else order[..., None].expand(*order.shape, given.shape[3])
-            self.rows[name] = given.detach().gather(2, index)
+        held = {"k": rows.k, "v": rows.v, "u": rows.u, "time": time}
+        self.rows = {name: take_rows(given.detach(), order) for name, given in held.items()}
 
     @property
     def bytes(self) -> int:
