@@ -1,0 +1,70 @@
+"""Who is who among several processes, and what they agree on."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from parallel.world import ALONE, World, join, launched
+from tests.processes import run_ranks
+
+
+def test_alone_nobody_is_asked() -> None:
+    tensor = torch.ones(2)
+    ALONE.sum_([tensor])
+    assert tensor.tolist() == [1.0, 1.0]
+    assert ALONE.largest(3) == 3
+    assert ALONE.gather({"a": 1}) == [{"a": 1}]
+    assert ALONE.is_first
+    with join() as world:
+        assert world is ALONE
+
+
+def _places(world: World) -> tuple[int, ...]:
+    return world.rank, world.data_rank, world.sequence_rank, world.data_size, world.size
+
+
+def test_adjacent_ranks_share_rows() -> None:
+    assert run_ranks(4, _places, sequence=2) == [(0, 0, 0, 2, 4), (1, 0, 1, 2, 4), (2, 1, 0, 2, 4), (3, 1, 1, 2, 4)]
+
+
+def _agreement(world: World) -> Any:
+    tensors = [torch.full((2, 3), float(world.rank)), torch.tensor(world.rank), torch.full((), 2.0 * world.rank)]
+    world.sum_(tensors)
+    words = world.gather({"rank": world.rank, "words": "x" * 100 * world.rank})
+    return [t.tolist() for t in tensors], world.largest(7 - world.rank), [len(word["words"]) for word in words]
+
+
+def test_sums_maxima_and_words() -> None:
+    expected = ([[[3.0] * 3] * 2, 3, 6.0], 7, [0, 100, 200])
+    assert run_ranks(3, _agreement) == [expected] * 3
+
+
+def _misfit(world: World) -> None:
+    if world.rank == 1:
+        raise RuntimeError("out of luck")
+    world.barrier()
+
+
+def test_a_failing_rank_is_named() -> None:
+    with pytest.raises(AssertionError, match=r"(?s)rank 1.*out of luck"):
+        run_ranks(2, _misfit)
+
+
+def _hang(world: World) -> None:
+    if world.rank == 0:
+        world.barrier()
+    else:
+        torch.multiprocessing.get_context("spawn").Event().wait()
+
+
+def test_a_hanging_rank_shows_its_stack() -> None:
+    with pytest.raises(AssertionError, match=r"(?s)rank 1 still at work.*_hang"):
+        run_ranks(2, _hang, seconds=4.0)
+
+
+def test_a_sequence_that_does_not_divide_the_world(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert launched() == 3
+    with pytest.raises(ValueError, match=r"parallel\.sequence: 2 ranks share a row.* 3 processes"), join(2):
+        pass

@@ -1,0 +1,97 @@
+"""Several processes on this machine that talk through gloo, for tests; a hang ends in their stacks, not in silence."""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing
+import os
+import signal
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+SECONDS = 120.0  # for the slowest machine; what hangs, hangs for ever
+
+
+def run_ranks(
+    ranks: int, work: Callable[..., Any], *arguments: Any, sequence: int = 1, seconds: float = SECONDS
+) -> list:
+    """What `work(world, *arguments)` returned on each of the ranks, in their order.
+
+    work: a function of a module; what it takes and returns can be pickled, tensors too. AssertionError with the
+    traceback of each rank that failed, or with the stacks of those that were still at work when the time was over.
+    """
+    # The server imports torch once; each rank is its fork, made before torch has any thread.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed", "tests.processes"])
+    with tempfile.TemporaryDirectory() as folder:
+        ends, processes = [], []
+        for rank in range(ranks):
+            end, theirs = context.Pipe(duplex=False)
+            job = (rank, ranks, sequence, folder, theirs, work, arguments)
+            process = context.Process(target=_rank, args=job, daemon=True)
+            process.start()
+            theirs.close()
+            ends.append(end)
+            processes.append(process)
+        try:
+            return _results(ends, folder, seconds)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+
+
+def _results(ends: list[Connection], folder: str, seconds: float) -> list:
+    deadline = time.monotonic() + seconds
+    told: dict[int, tuple[str, Any]] = {}
+    rank_of = {end: rank for rank, end in enumerate(ends)}
+    while len(told) < len(ends) and not any(how == "failed" for how, _ in told.values()):
+        ready = wait([end for end in ends if rank_of[end] not in told], max(0.0, deadline - time.monotonic()))
+        if not ready:
+            break
+        for end in ready:
+            assert isinstance(end, Connection)
+            try:
+                told[rank_of[end]] = end.recv()
+            except EOFError:
+                told[rank_of[end]] = ("failed", "it ended without a word")
+    wrong = [f"rank {rank}: {said}" for rank, (how, said) in told.items() if how == "failed"]
+    silent = sorted(set(range(len(ends))) - set(told))
+    if silent and not wrong:
+        wrong = [f"rank {rank} still at work:\n{_stack(folder, rank)}" for rank in silent]
+    assert not wrong, "\n".join(wrong)
+    return [told[rank][1] for rank in range(len(ends))]
+
+
+def _stack(folder: str, rank: int) -> str:
+    pid = int((Path(folder) / f"{rank}.pid").read_text())
+    os.kill(pid, signal.SIGUSR1)
+    time.sleep(0.5)
+    return (Path(folder) / f"{rank}.stack").read_text()
+
+
+def _rank(
+    rank: int, ranks: int, sequence: int, folder: str, end: Connection, work: Callable[..., Any], arguments: Any
+) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "GLOO_SOCKET_IFNAME": "lo"}
+    import torch
+    import torch.distributed as dist
+
+    from parallel.world import join
+
+    torch.set_num_threads(1)
+    with open(Path(folder) / f"{rank}.stack", "w") as stack:
+        faulthandler.register(signal.SIGUSR1, stack, all_threads=True)
+        (Path(folder) / f"{rank}.pid").write_text(str(os.getpid()))
+        with join(sequence, store=dist.FileStore(f"{folder}/store", ranks)) as world:
+            try:
+                told = ("done", work(world, *arguments))
+            except BaseException:
+                told = ("failed", traceback.format_exc())
+            end.send(told)  # before the others notice that somebody left
+            world.barrier()
