@@ -23,6 +23,7 @@ from torch import Tensor
 
 LOOPBACK = "127.0.0.1"
 CPU = torch.device("cpu")
+MESSAGE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,13 +62,13 @@ class World:
         return self.rank % self.sequence
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
-        """Each tensor becomes the sum of those of all ranks, in place: those of one dtype in one message."""
+        """Each tensor becomes the sum of those of all ranks, in place, the same bits on each of them.
+
+        Those of one dtype travel together, in messages of about MESSAGE_BYTES at most (or one tensor).
+        """
         if self.size == 1:
             return
-        alike: dict[torch.dtype, list[Tensor]] = {}
-        for tensor in tensors:
-            alike.setdefault(tensor.dtype, []).append(tensor)
-        for some in alike.values():
+        for some in _messages(tensors):
             flat = torch.cat([tensor.reshape(-1) for tensor in some])
             dist.all_reduce(flat)
             for tensor, summed in zip(some, flat.split([tensor.numel() for tensor in some]), strict=True):
@@ -96,6 +97,22 @@ class World:
     def barrier(self) -> None:
         """Returns when every rank has come here."""
         self.largest(0)
+
+
+def _messages(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """The tensors in groups of one dtype that are not too large: what is sent is copied."""
+    alike: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        alike.setdefault(tensor.dtype, []).append(tensor)
+    for some in alike.values():
+        message, size = [], 0
+        for tensor in some:
+            if message and size + tensor.nbytes > MESSAGE_BYTES:
+                yield message
+                message, size = [], 0
+            message.append(tensor)
+            size += tensor.nbytes
+        yield message
 
 
 ALONE = World()
