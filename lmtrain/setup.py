@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,8 +17,10 @@ from lmtrain import checkpoint
 from lmtrain.config import Config, OptimizerConfig, differences, reload
 from lmtrain.config.problems import Problem
 from lmtrain.model import DecoderLM
-from lmtrain.optimizer import build_optimizer
-from parallel.engine import TorchEngine
+from lmtrain.optimizer import build_optimizer, torch_adamw
+from parallel.deepspeed import DeepSpeedEngine
+from parallel.engine import Engine, TorchEngine
+from parallel.world import ALONE, World
 
 FREE_TO_CHANGE = ("run.dir", "data.path", "data.cache", "train.threads", "log", "eval", "checkpoint")
 """Settings that a run may be resumed with at another value: what is learnt does not depend on them (that the data
@@ -79,15 +82,19 @@ def build_model(config: Config, device: torch.device) -> DecoderLM:
     return model
 
 
-def build_engine(config: Config, model: DecoderLM, device: torch.device) -> TorchEngine:
-    """The engine that trains `model`."""
-    return TorchEngine(
+def build_engine(config: Config, model: DecoderLM, device: torch.device, world: World = ALONE) -> Engine:
+    """The engine that trains `model`, together with those of the other ranks."""
+    how: dict[str, Any] = {"device": device, "dtype": config.train.dtype, "clip": config.train.clip, "world": world}
+    if config.parallel.engine == "torch":
+        return TorchEngine(model, build_optimizer(model, config.optimizer), compile=config.train.compile, **how)
+    return DeepSpeedEngine(
         model,
-        build_optimizer(model, config.optimizer),
-        device=device,
-        dtype=config.train.dtype,
-        clip=config.train.clip,
-        compile=config.train.compile,
+        torch_adamw(model, config.optimizer),
+        stage=config.parallel.zero,
+        micro_batch=config.micro_batch(world.data_size),
+        offload=config.parallel.offload,
+        extra=config.parallel.deepspeed,
+        **how,
     )
 
 

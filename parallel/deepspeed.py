@@ -19,17 +19,16 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from parallel.deepspeed_settings import deepspeed_settings
-from parallel.engine import DTYPES, LossScale, Model, StepInfo, autocast
+from parallel.engine import DTYPES, LossScale, Model, Result, StepInfo, autocast
 from parallel.world import ALONE, LOOPBACK, World
 
-Result = TypeVar("Result")
 MOMENTS = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq"), torch.optim.SGD: ()}
 """What an optimizer remembers of each parameter, in the shape of it. Beside them AdamW counts its steps."""
 
@@ -131,11 +130,7 @@ class DeepSpeedEngine:
         return StepInfo(loss, auxiliary, float(self._engine.get_global_grad_norm()), lr, skipped)
 
     def reading(self, work: Callable[[], Result]) -> Result:
-        """What `work()` returns, which may call the model, to evaluate or to generate.
-
-        Weights that are spread over ranks come together layer by layer; so all ranks must call this, with work that
-        makes the same forward passes in the same order, on whatever tokens.
-        """
+        """What `work()` returns. Weights that are in parts come together layer by layer, as in training."""
         done: list[Result] = []
         failed: list[BaseException] = []
 

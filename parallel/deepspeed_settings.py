@@ -13,17 +13,20 @@ OURS = {
     "amp": "train.dtype",
     "torch_autocast": "train.dtype",
     "train_batch_size": "train.batch_tokens",
+    "train_micro_batch_size_per_gpu": "train.micro_batch",
+    "gradient_accumulation_steps": "train.batch_tokens",
+    "gradient_clipping": "train.clip",
     "sequence_parallel_size": "parallel.sequence",
     "data_parallel_size": "the number of processes",
     "tensor_parallel": "nothing: ranks share rows or slices of rows, not matrices",
     "pipeline": "nothing: every rank has all layers",
     "compile": "train.compile, with parallel.engine torch",
     "activation_checkpointing": "train.activation_checkpointing",
+    "zero_optimization.stage": "parallel.zero",
     "zero_optimization.offload_optimizer.device": "parallel.offload",
     "zero_optimization.offload_param.device": "parallel.offload",
 }
-"""Keys of DeepSpeed that would contradict a setting of ours, even where nothing is generated for them; and who decides
-instead."""
+"""Keys of DeepSpeed that a setting of ours decides, whether anything is generated for them or not."""
 
 
 def deepspeed_settings(

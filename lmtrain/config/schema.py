@@ -138,7 +138,17 @@ class CheckpointConfig:
 class ParallelConfig:
     """Who computes."""
 
-    engine: Literal["torch"] = setting("torch", "plain torch, in one process")
+    engine: Literal["torch", "deepspeed"] = setting(
+        "torch", "`torch`: every rank holds everything; `deepspeed`: by ZeRO each holds a part"
+    )
+    zero: int = setting(
+        2, "with deepspeed, what is in parts: 1 moments, 2 gradients too, 3 weights too", at_least=1, at_most=3
+    )
+    offload: bool = setting(False, "with deepspeed: moments, and weights if in parts, lie in the memory of the CPU")
+    deepspeed: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"meaning": "with deepspeed: settings of its own JSON, added to those that are generated"},
+    )
 
 
 @dataclass

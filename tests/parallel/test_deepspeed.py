@@ -202,3 +202,186 @@ def test_every_stage_is_plain_torch(reference: Reference, ranks: int) -> None:
         with engine_of("torch") as engine:
             engine.load_state(seen.state)
             check_infos(train(engine, last=2), reference.again)
+
+
+def descend(world: World, kind: int | str, clip: float) -> tuple[list[float], State]:
+    """Plain gradient descent: it shows a gradient that is scaled wrongly, which AdamW does not."""
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    with engine_of(kind, world, model, clip=clip, optimizer=optimizer) as engine:
+        return [info.grad_norm for info in train(engine, last=3, lr=0.05)], copied(engine)
+
+
+def by_hand(clip: float) -> tuple[list[float], dict[str, Tensor]]:
+    """The definition of such a step, from the loss of all rows at once."""
+    model, norms = make_model(), []
+    for step in range(3):
+        model.zero_grad()
+        tokens, labels = batch(step)
+        scored = (labels >= 0).sum()
+        for row in range(ROWS):
+            total, count, losses = model.loss(tokens[row : row + 1], labels[row : row + 1])
+            (total / scored + sum(losses.values()) * count / scored).backward()
+        norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), clip or float("inf"))))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= 0.05 * parameter.grad
+        model.after_step()
+    return norms, dict(model.state_dict())
+
+
+def read_model(engine: Any, model: DecoderLM) -> list[Tensor]:
+    """What evaluation and generation do with a model: hidden states, the head's weights, states carried on."""
+    state = model.init_state(1)
+    hidden, _ = model.hidden(batch(3)[0])
+    carried = [model(batch(3)[0][:1, part], None, state) for part in (slice(0, 7), slice(7, 16))]
+    return [nn.functional.linear(hidden, model.head_weight), *carried]
+
+
+def read_while_training(world: World, stage: int) -> list[Any]:
+    """Reading before, between and after steps changes nothing, and reads what is there; what fails inside gets out."""
+    model = make_model()
+    with engine_of(stage, world, model) as engine:
+        before = engine.reading(lambda: read_model(engine, model))
+        infos = train(engine, last=2)
+        between = engine.reading(lambda: read_model(engine, model))
+        infos += train(engine, first=2, last=5)
+        with pytest.raises(ZeroDivisionError):
+            engine.reading(lambda: read_model(engine, model) and 1 / 0)
+        infos += train(engine, first=5, last=7)
+        sizes = [model.layers[0].ffn.up.weight.numel(), len(model.head_weight)]
+    return [before, between, infos, sizes]
+
+
+def islands(world: World, stage: int) -> dict[str, torch.dtype]:
+    """The dtypes of everything, in a model trained in bfloat16, and its losses."""
+    settings = {"mixers": {**MIXERS, "mosa": {"kind": "mosa", "heads": 2, "keep": 8}}, "pattern": "dense vq mega mosa"}
+    model = make_model(layers=4, dim=12, **settings)
+    with engine_of(stage, world, model, dtype="bfloat16") as engine:
+        train(engine, last=2)
+        held = [*model.named_parameters(), *model.named_buffers()]
+        return {name: tensor.dtype for name, tensor in held if tensor.is_floating_point()}
+
+
+def narrow(world: World, kind: int | str) -> list[StepInfo]:
+    with engine_of(kind, world, dtype="bfloat16") as engine:
+        return train(engine)
+
+
+def checkpointed(world: World, stage: int) -> list[StepInfo]:
+    model = make_model()
+    model.activation_checkpointing = True
+    with engine_of(stage, world, model) as engine:
+        return train(engine, last=6)
+
+
+def offloaded(world: World, stage: int) -> tuple[list[StepInfo], list[str]]:
+    with engine_of(stage, world, offload=True) as engine:
+        infos = train(engine, last=6)
+        kept = broadcast(copied(engine))[0]
+    with engine_of(stage, world, offload=True) as engine:
+        engine.load_state(kept)
+        return infos + train(engine, first=6, last=8), []
+
+
+def strangers(world: World, stage: int) -> list[str]:
+    """What is said about a state of another model, on each rank, though only the last has been given a wrong one."""
+    told = []
+    with engine_of(stage, world) as engine:
+        good = broadcast(copied(engine))[0]
+        for group, name in (("model", "embedding.weight"), ("optimizer", "exp_avg.embedding.weight")):
+            wrong = {g: dict(members) for g, members in good.items()}
+            if world.rank == world.size - 1:
+                wrong[group]["chair"] = wrong[group].pop(name)
+                wrong["model"]["norm.weight"] = torch.zeros(3)
+            with pytest.raises(ValueError, match="belongs to another model") as error:
+                engine.load_state(wrong)
+            told.append(str(error.value))
+        kept = copied(engine)
+        assert not world.is_first or same_bits(good, kept) == []
+    return told
+
+
+def more_on_ranks(world: World, stages: tuple[int, ...]) -> dict[str, Any]:
+    """Several questions to the same processes."""
+    asked: dict[str, Any] = {}
+    for stage in stages:
+        asked |= {
+            f"sgd {stage}": [descend(world, stage, clip) for clip in (0.5, 0.0)],
+            f"read {stage}": read_while_training(world, stage),
+            f"islands {stage}": islands(world, stage),
+            f"narrow {stage}": narrow(world, stage),
+            f"checkpointed {stage}": checkpointed(world, stage),
+            f"offloaded {stage}": offloaded(world, stage),
+            f"strangers {stage}": strangers(world, stage),
+        }
+    return asked
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> list[dict[str, Any]]:
+    return run_ranks(2, more_on_ranks, STAGES)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("clip", [0.5, 0.0])
+def test_a_step_of_plain_descent(two_ranks: list[dict[str, Any]], stage: int, clip: float) -> None:
+    norms, state = two_ranks[0][f"sgd {stage}"][0 if clip else 1]
+    expected, weights = by_hand(clip)
+    assert min(expected) > 0.5
+    assert norms == pytest.approx(expected, rel=1e-5)
+    for name, weight in weights.items():
+        torch.testing.assert_close(state["model"][name], weight, atol=1e-6, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_reading_outside_of_training(two_ranks: list[dict[str, Any]], reference: Reference, stage: int) -> None:
+    model = make_model()
+    with engine_of("torch", model=model) as engine, torch.no_grad():
+        before = read_model(engine, model)
+        with torch.enable_grad():
+            train(engine, last=2)
+        between = read_model(engine, model)
+    for outcome in two_ranks:
+        seen_before, seen_between, infos, sizes = outcome[f"read {stage}"]
+        for seen, expected in ((seen_before, before), (seen_between, between)):
+            for tensor, other in zip(seen, expected, strict=True):
+                torch.testing.assert_close(tensor, other, atol=1e-5, rtol=0)
+        check_infos(infos, reference.infos[:7])
+        assert sizes == ([0, 0] if stage == 3 else [33 * 15, VOCABULARY]), "at stage 3 the weights are put away again"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_weights_and_what_must_not_be_rounded_stay_float32(two_ranks: list[dict[str, Any]], stage: int) -> None:
+    dtypes = two_ranks[0][f"islands {stage}"]
+    assert {"router", "means", "count", "alpha"} <= {name.rpartition(".")[2] for name in dtypes} | {
+        part for name in dtypes for part in name.split(".")
+    }
+    assert set(dtypes.values()) == {torch.float32}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_bfloat16(two_ranks: list[dict[str, Any]], reference: Reference, stage: int) -> None:
+    """As plain torch in bfloat16, whose losses are others than those of float32."""
+    expected = narrow(ALONE, "torch")
+    infos = two_ranks[0][f"narrow {stage}"]
+    assert max(abs(info.loss - other.loss) for info, other in zip(expected, reference.infos)) > 1e-3
+    check_infos(infos, expected, 1e-3)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_activation_checkpointing_and_offload(
+    two_ranks: list[dict[str, Any]], reference: Reference, stage: int
+) -> None:
+    for how, steps in (("checkpointed", 6), ("offloaded", 8)):
+        found = two_ranks[0][f"{how} {stage}"]
+        check_infos(found if how == "checkpointed" else found[0], reference.infos[:steps])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_state_of_another_model_is_refused_on_all_ranks(two_ranks: list[dict[str, Any]], stage: int) -> None:
+    one, other = (outcome[f"strangers {stage}"] for outcome in two_ranks)
+    assert one == other
+    assert "missing embedding.weight; unexpected chair" in one[0]
+    assert "norm.weight is [3], not [15]" in one[0]
+    assert "missing exp_avg.embedding.weight" in one[1]
