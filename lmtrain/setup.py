@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,11 @@ from parallel.deepspeed import DeepSpeedEngine
 from parallel.engine import Engine, TorchEngine
 from parallel.world import ALONE, World
 
-FREE_TO_CHANGE = ("run.dir", "data.path", "data.cache", "train.threads", "log", "eval", "checkpoint")
-"""Settings that a run may be resumed with at another value: what is learnt does not depend on them (that the data
-are the same is checked by their fingerprint)."""
+FREE_TO_CHANGE = (
+    "run.dir", "data.path", "data.cache", "train.threads", "train.micro_batch", "log", "eval", "checkpoint", "parallel",
+)  # fmt: skip
+"""Settings that a run may be resumed with at another value: what is learnt does not depend on them, but for rounding
+(that the data are the same is checked by their fingerprint)."""
 
 
 @dataclass(frozen=True)
@@ -150,15 +151,6 @@ def check_device(config: Config) -> list[Problem]:
     return [Problem("", "train.dtype", message)]
 
 
-def check_world(config: Config) -> list[Problem]:
-    """Whether a launcher started several processes: each would train the whole model by itself."""
-    ranks = os.environ.get("WORLD_SIZE", "1")
-    if ranks == "1":
-        return []
-    message = f"this version trains in one process, and WORLD_SIZE is {ranks}; start it without a launcher"
-    return [Problem("", "parallel.engine", message)]
-
-
 def check_disk(config: Config) -> list[Problem]:
     """Whether the checkpoints fit on the disk of run.dir."""
     if config.model.vocab_size is None:
@@ -184,7 +176,7 @@ def check_run_folder(config: Config) -> list[Problem]:
     ]
 
 
-CHECKS = (check_data, check_device, check_world, check_run_folder, check_disk)
+CHECKS = (check_data, check_device, check_run_folder, check_disk)
 """All that is checked before training, beside the configuration itself."""
 
 
