@@ -345,4 +345,3 @@ def _leave_group() -> None:
     from deepspeed import comm
 
     comm.destroy_process_group()
-    comm.comm.cdb = None
