@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -24,6 +24,14 @@ from torch import Tensor
 LOOPBACK = "127.0.0.1"
 CPU = torch.device("cpu")
 MESSAGE_BYTES = 64 << 20
+START_SECONDS = 600.0
+
+
+@dataclass
+class Calls:
+    """How many collectives this process has come to."""
+
+    number: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +39,8 @@ class World:
     """One process among those that train together.
 
     rank, size: of all processes; local_rank: on this machine. sequence: ranks that share a row, with the group in which
-    they talk. device: where tensors lie that collectives take.
+    they talk. device: where tensors lie that collectives take. store: a few words that all ranks can read and write,
+    without waiting for each other.
     """
 
     rank: int = 0
@@ -40,6 +49,8 @@ class World:
     sequence: int = 1
     sequence_group: dist.ProcessGroup | None = None
     device: torch.device = CPU
+    store: dist.Store | None = None
+    calls: Calls = field(default_factory=Calls)
 
     @property
     def is_first(self) -> bool:
@@ -69,6 +80,7 @@ class World:
         if self.size == 1:
             return
         for some in _messages(tensors):
+            self.calls.number += 1
             flat = torch.cat([tensor.reshape(-1) for tensor in some])
             dist.all_reduce(flat)
             for tensor, summed in zip(some, flat.split([tensor.numel() for tensor in some]), strict=True):
@@ -78,6 +90,7 @@ class World:
         """The largest of the ranks' numbers: so all agree on a flag that one of them has raised."""
         if self.size == 1:
             return number
+        self.calls.number += 1
         told = torch.tensor([number], dtype=torch.int64, device=self.device)
         dist.all_reduce(told, dist.ReduceOp.MAX)
         return int(told)
@@ -144,11 +157,12 @@ def launched(environment: Mapping[str, str] = os.environ) -> int:
 
 
 @contextmanager
-def join(sequence: int = 1, timeout: float = 600.0, store: dist.Store | None = None) -> Iterator[World]:
+def join(sequence: int = 1, timeout: float = START_SECONDS, store: dist.Store | None = None) -> Iterator[World]:
     """The world of this process, as the environment describes it; left at the end.
 
-    sequence: ranks that share a row; must divide the world (ValueError). timeout: seconds after which a collective that
-    somebody does not come to fails. store: where ranks find each other, instead of MASTER_ADDR.
+    sequence: ranks that share a row; must divide the world (ValueError). timeout: seconds within which all ranks must
+    have started (RuntimeError names those that have not). store: where ranks find each other, instead of MASTER_ADDR.
+    Collectives have no timeout of their own (a day): see `parallel.watchdog`.
     """
     size = launched()
     if size % sequence:
@@ -164,14 +178,28 @@ def join(sequence: int = 1, timeout: float = 600.0, store: dist.Store | None = N
         torch.cuda.set_device(local_rank)
         device = torch.device("cuda", local_rank)
     os.environ.setdefault("MASTER_ADDR", LOOPBACK)
+    if store is None:
+        store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=timedelta(seconds=timeout)))
+    _await_all(store, rank, size, timeout)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
+    dist.init_process_group(
+        backend, store=dist.PrefixStore("groups", store), rank=rank, world_size=size, timeout=timedelta(days=1)
+    )
     try:
         group = None
         for first in range(0, size, sequence):  # every rank must make every group
             ranks = list(range(first, first + sequence))
-            made = dist.new_group(ranks, timeout=timedelta(seconds=timeout)) if sequence > 1 else None
+            made = dist.new_group(ranks, timeout=timedelta(days=1)) if sequence > 1 else None
             group = made if rank in ranks else group
-        yield World(rank, size, local_rank, sequence, group, device)
+        yield World(rank, size, local_rank, sequence, group, device, store)
     finally:
         dist.destroy_process_group()
+
+
+def _await_all(store: dist.Store, rank: int, size: int, seconds: float) -> None:
+    store.set(f"started/{rank}", "")
+    try:
+        store.wait([f"started/{other}" for other in range(size)], timedelta(seconds=seconds))
+    except RuntimeError:
+        missing = ", ".join(str(other) for other in range(size) if not store.check([f"started/{other}"]))
+        raise RuntimeError(f"of {size} ranks these did not start within {seconds:g} s: {missing}") from None
