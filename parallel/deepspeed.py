@@ -56,7 +56,14 @@ class DeepSpeedEngine:
         extra: Mapping[str, Any] | None = None,
     ) -> None:
         assert dtype in ("float32", "bfloat16"), "float16 has no loss scale here"
-        settings = deepspeed_settings(stage=stage, clip=clip, micro_batch=micro_batch, offload=offload, extra=extra)
+        settings = deepspeed_settings(
+            stage=stage,
+            clip=clip,
+            micro_batch=micro_batch,
+            offload=offload,
+            parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+            extra=extra,
+        )
         self.model = model
         self.world = world
         self.device = device

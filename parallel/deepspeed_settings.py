@@ -29,14 +29,28 @@ OURS = {
 """Keys of DeepSpeed that a setting of ours decides, whether anything is generated for them or not."""
 
 
+REDUCE_BUCKET = 500_000_000
+"""Numbers in the buffer through which gradients travel, by default; there is room for all of them, used or not."""
+
+LIVE_PARAMETERS = 1_000_000_000
+"""Numbers of whole weights that a rank holds at a time at stage 3, by default, if there are so many."""
+
+
 def deepspeed_settings(
-    *, stage: int, clip: float, micro_batch: int = 1, offload: bool = False, extra: Mapping[str, Any] | None = None
+    *,
+    stage: int,
+    clip: float,
+    micro_batch: int = 1,
+    offload: bool = False,
+    parameters: int | None = None,
+    extra: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What `deepspeed.initialize` is given.
 
     stage: of ZeRO, 1 to 3. clip: largest gradient norm, 0 = off. micro_batch: rows of one forward pass. offload:
-    optimizer state, at stage 3 weights too, live in the memory of the CPU. extra: settings of DeepSpeed that are added
-    as they are; ValueError names each one that is decided elsewhere.
+    optimizer state, at stage 3 weights too, live in the memory of the CPU. parameters: numbers in all
+    weights, which bound the buffer of gradients. extra: settings of DeepSpeed that are added as they are; ValueError
+    names each one that is decided elsewhere.
 
     Always set, because the default is another or changes: clipping (1.0 in places), the dtype of accumulation (that of
     the model), that `step` and nothing else ends an accumulation (a count of micro-batches), and that the optimizer is
@@ -62,6 +76,8 @@ def deepspeed_settings(
     extra = extra or {}
     if problems := conflicts(settings, extra):
         raise ValueError("; ".join(f"{key} {message}" for key, message in problems))
+    if parameters is not None:
+        zero["reduce_bucket_size"] = min(REDUCE_BUCKET, parameters)
     return _merged(settings, extra)
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from parallel.deepspeed_settings import OURS, deepspeed_settings
+from parallel.deepspeed_settings import OURS, REDUCE_BUCKET, deepspeed_settings
 
 
 def test_the_whole_of_it() -> None:
@@ -19,6 +19,15 @@ def test_the_whole_of_it() -> None:
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**62,
     }
+
+
+def test_the_buffer_of_gradients_is_no_larger_than_they_are() -> None:
+    def bucket(**how: Any) -> int:
+        return deepspeed_settings(stage=2, clip=1, **how)["zero_optimization"]["reduce_bucket_size"]
+
+    assert bucket(parameters=1000) == 1000
+    assert bucket(parameters=10**10) == REDUCE_BUCKET
+    assert bucket(parameters=1000, extra={"zero_optimization": {"reduce_bucket_size": 7}}) == 7
 
 
 def test_no_clipping_is_said_and_not_left_out() -> None:
