@@ -6,7 +6,7 @@ Few processes, each doing much: importing DeepSpeed takes a second in each of th
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from typing import Any
 
@@ -70,15 +70,24 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
     return text[:, :-1], labels
 
 
-def one_step(engine: Any, step: int, lr: float = 1e-3, spoil: int | None = None) -> StepInfo:
-    """Rank r of W takes the rows r, r + W, .., each a micro-batch; `spoil`: the rank whose last loss becomes NaN."""
+def spoil_value(loss: Tensor) -> Tensor:
+    return loss + float("inf")  # whose gradient is finite
+
+
+def spoil_gradient(loss: Tensor) -> Tensor:
+    loss = loss * 1.0
+    loss.register_hook(lambda gradient: gradient * float("nan"))
+    return loss
+
+
+def one_step(engine: Any, step: int, lr: float = 1e-3, spoil: Callable[[Tensor], Tensor] | None = None) -> StepInfo:
+    """Rank r of W takes the rows r, r + W, .., each a micro-batch; `spoil`: what the last does to its last loss."""
     tokens, labels = batch(step)
     scored = int((labels >= 0).sum())
     for row in range(engine.world.rank, ROWS, engine.world.size):
         part = slice(row, row + 1)
         loss = engine.forward_loss(tokens[part], labels[part], None, scored, seed=row)
-        last = row + engine.world.size >= ROWS
-        engine.backward(loss * float("nan") if last and spoil == engine.world.rank else loss)
+        engine.backward(spoil(loss) if spoil is not None and row == ROWS - 1 else loss)
     return engine.step(lr)
 
 
@@ -118,7 +127,7 @@ class Seen:
 
     infos: list[StepInfo]
     state: State
-    spoilt: StepInfo
+    spoilt: list[bool]
     changed_by_spoilt: list[str]
     pending_after_spoilt: float
     again: list[StepInfo]
@@ -134,7 +143,7 @@ def stage_on_ranks(world: World, stage: int, of_torch: State) -> Seen:
         half = copied(engine)
         infos += train(engine, first=STEPS // 2)
         whole = copied(engine)
-        spoilt = one_step(engine, 0, spoil=world.size - 1)
+        spoilt = [one_step(engine, 0, spoil=how).skipped for how in (spoil_value, spoil_gradient)]
         changed = same_bits(whole, copied(engine))
         pending = sum(float(x.abs().sum()) for x in engine.model.pending())  # type: ignore[operator]
         again = train(engine, last=2)
@@ -192,12 +201,13 @@ def test_every_stage_is_plain_torch(reference: Reference, ranks: int) -> None:
         check_infos(seen.from_torch, reference.infos[STEPS // 2 :])
         assert seen.from_half == seen.infos[STEPS // 2 :], f"stage {stage}"
         assert seen.half_differs == [], f"stage {stage}"
-        assert seen.spoilt.skipped
+        assert seen.spoilt == [True, True]
         assert seen.changed_by_spoilt == [], f"stage {stage}"
         assert seen.pending_after_spoilt == 0
         check_infos(seen.again, reference.again)
         for other in outcomes[1:]:
             assert other[stage].infos == seen.infos, "the ranks tell the same"
+            assert other[stage].spoilt == [True, True]
             assert other[stage].state == {"model": {}, "optimizer": {}}, "the first rank alone holds the whole"
         with engine_of("torch") as engine:
             engine.load_state(seen.state)
@@ -284,8 +294,9 @@ def offloaded(world: World, stage: int) -> list[StepInfo]:
         return infos + train(engine, first=3, last=5)
 
 
-def strangers(world: World, stage: int) -> list[str]:
-    """What is said about a state of another model, on each rank, though only the last has been given a wrong one."""
+def strangers(world: World, stage: int) -> tuple[list[str], State]:
+    """What is said about a state of another model, on each rank, though only the last has been given a wrong one; and
+    the state of an engine that has not trained."""
     told = []
     with engine_of(stage, world) as engine:
         good = broadcast(copied(engine))[0]
@@ -299,7 +310,7 @@ def strangers(world: World, stage: int) -> list[str]:
             told.append(str(error.value))
         kept = copied(engine)
         assert not world.is_first or same_bits(good, kept) == []
-    return told
+    return told, good
 
 
 def more_on_ranks(world: World, stages: tuple[int, ...]) -> dict[str, Any]:
@@ -376,8 +387,10 @@ def test_offload_and_activation_checkpointing(
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_state_of_another_model_is_refused_on_all_ranks(two_ranks: list[dict[str, Any]], stage: int) -> None:
-    one, other = (outcome[f"strangers {stage}"] for outcome in two_ranks)
+    (one, fresh), (other, _) = (outcome[f"strangers {stage}"] for outcome in two_ranks)
     assert one == other
+    with engine_of("torch") as engine:
+        check_state(fresh, copied(engine), 0.0)
     assert "missing embedding.weight; unexpected chair" in one[0]
     assert "norm.weight is [3], not [15]" in one[0]
     assert "missing exp_avg.embedding.weight" in one[1]
