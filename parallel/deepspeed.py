@@ -19,21 +19,21 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from parallel.deepspeed_settings import deepspeed_settings
-from parallel.engine import DTYPES, LossScale, Model, Result, StepInfo, autocast
+from parallel.engine import LossScale, MicroBatches, Result, StepInfo
 from parallel.world import ALONE, LOOPBACK, World
 
 MOMENTS = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq"), torch.optim.SGD: ()}
 """What an optimizer remembers of each parameter, in the shape of it. Beside them AdamW counts its steps."""
 
 
-class DeepSpeedEngine:
+class DeepSpeedEngine(MicroBatches):
     """Trains as `TorchEngine` does, with what each rank holds reduced by ZeRO `stage` 1, 2 or 3.
 
     optimizer: AdamW (or SGD without momentum) over the parameters of `model`, fresh. Parameters that got no gradient
@@ -64,16 +64,10 @@ class DeepSpeedEngine:
             parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
             extra=extra,
         )
-        self.model = model
-        self.world = world
-        self.device = device
-        self.dtype = DTYPES[dtype]
+        super().__init__(model, device=device, dtype=dtype, world=world)
         self.stage = stage
-        self._as_model = cast(Model, model)
         self._moments = MOMENTS[type(optimizer)]
         self._base = optimizer
-        cuda = device.type == "cuda"
-        self._generator = torch.cuda.default_generators[device.index or 0] if cuda else torch.default_generator
         self._held = ExitStack()
         try:
             self._held.enter_context(_process_group(world, device))
@@ -86,35 +80,14 @@ class DeepSpeedEngine:
         except BaseException:
             self._held.close()
             raise
-        self._reset()
-
-    def _reset(self) -> None:
-        self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        self._auxiliary = torch.zeros((), dtype=torch.float64, device=self.device)
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """The precision of forward passes, for training and evaluation alike."""
-        return autocast(self.device, self.dtype)
 
     def forward_loss(
         self, tokens: Tensor, labels: Tensor, ctx: Any, step_tokens: int, seed: int, state: Any = None
     ) -> Tensor:
         """This micro-batch's share of the step's loss, see `TorchEngine.forward_loss`; times the number of ranks."""
-        self._generator.manual_seed(seed)
-        return self._engine(
-            lambda: self._share(tokens.to(self.device), labels.to(self.device), ctx, step_tokens, state)
-        )
-
-    def _share(self, tokens: Tensor, labels: Tensor, ctx: Any, step_tokens: int, state: Any) -> Tensor:
-        with self.autocast():
-            total, count, auxiliary = self._as_model.loss(tokens, labels, ctx, state)
-        loss = total / max(step_tokens, 1)
-        self._loss_sum += loss.detach()
-        if auxiliary:
-            added = sum(auxiliary.values()) * (count / max(step_tokens, 1))
-            self._auxiliary += added.detach()
-            loss = loss + added
-        return loss * self.world.size
+        loss = self._as_model.loss
+        share = self._engine(lambda: self._share(loss, tokens, labels, ctx, step_tokens, seed, state))
+        return share * self.world.size
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of `loss` to the step's. A loss that is not finite makes them so, whatever they are."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from parallel.world import ALONE, World
 
 Result = TypeVar("Result")
+Loss = Callable[[Tensor, Tensor, Any, Any], tuple[Tensor, Tensor, dict[str, Tensor]]]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -127,7 +128,45 @@ class LossScale:
         self.scale, self.good_steps = float(kept[0]), int(kept[1])
 
 
-class TorchEngine:
+class MicroBatches:
+    """What engines have in common: the precision and the loss of a micro-batch, and the sums of them in a step."""
+
+    def __init__(self, model: nn.Module, *, device: torch.device, dtype: str, world: World) -> None:
+        self.world = world
+        self.model = model
+        self.device = device
+        self.dtype = DTYPES[dtype]
+        self._as_model = cast(Model, model)
+        # torch.manual_seed would seed every device, and format a traceback for those that are not there.
+        cuda = device.type == "cuda"
+        self._generator = torch.cuda.default_generators[device.index or 0] if cuda else torch.default_generator
+        self._reset()
+
+    def _reset(self) -> None:
+        self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        self._auxiliary = torch.zeros((), dtype=torch.float64, device=self.device)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision of forward passes, for training and evaluation alike."""
+        return autocast(self.device, self.dtype)
+
+    def _share(
+        self, loss_of: Loss, tokens: Tensor, labels: Tensor, ctx: Any, step_tokens: int, seed: int, state: Any
+    ) -> Tensor:
+        """What `TorchEngine.forward_loss` describes, by `loss_of`, the model's loss."""
+        self._generator.manual_seed(seed)
+        with self.autocast():
+            total, count, auxiliary = loss_of(tokens.to(self.device), labels.to(self.device), ctx, state)
+        loss = total / max(step_tokens, 1)
+        self._loss_sum += loss.detach()
+        if auxiliary:
+            added = sum(auxiliary.values()) * (count / max(step_tokens, 1))
+            self._auxiliary += added.detach()
+            loss = loss + added
+        return loss
+
+
+class TorchEngine(MicroBatches):
     """Plain torch: float32 weights, autocast to `dtype`, clipping, and a guard against non-finite steps.
 
     Each rank of the `world` holds all weights. Gradients are summed over the ranks once per step, so all of them make
@@ -146,28 +185,12 @@ class TorchEngine:
         compile: bool = False,
         world: World = ALONE,
     ) -> None:
-        self.world = world
-        self.model = model
+        super().__init__(model, device=device, dtype=dtype, world=world)
         self.optimizer = optimizer
-        self.device = device
-        self.dtype = DTYPES[dtype]
         self.clip = clip
-        self._as_model = cast(Model, model)
         self._loss = torch.compile(self._as_model.loss) if compile else self._as_model.loss
-        # torch.manual_seed would seed every device, and format a traceback for those that are not there.
-        cuda = device.type == "cuda"
-        self._generator = torch.cuda.default_generators[device.index or 0] if cuda else torch.default_generator
         self._scale = LossScale(2.0**16 if self.dtype == torch.float16 else 1.0)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self._reset()
-
-    def _reset(self) -> None:
-        self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        self._auxiliary = torch.zeros((), dtype=torch.float64, device=self.device)
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """The precision of forward passes, for training and evaluation alike."""
-        return autocast(self.device, self.dtype)
 
     def forward_loss(
         self, tokens: Tensor, labels: Tensor, ctx: Any, step_tokens: int, seed: int, state: Any = None
@@ -178,16 +201,7 @@ class TorchEngine:
         ranks. Auxiliary losses are weighted by the micro-batch's share of them. `seed` is that of dropout;
         `state`, of the model, is what the rows have read before, and goes on with them.
         """
-        self._generator.manual_seed(seed)
-        with self.autocast():
-            total, count, auxiliary = self._loss(tokens.to(self.device), labels.to(self.device), ctx, state)
-        loss = total / max(step_tokens, 1)
-        self._loss_sum += loss.detach()
-        if auxiliary:
-            added = sum(auxiliary.values()) * (count / max(step_tokens, 1))
-            self._auxiliary += added.detach()
-            loss = loss + added
-        return loss
+        return self._share(self._loss, tokens, labels, ctx, step_tokens, seed, state)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of `loss` to the step's."""
