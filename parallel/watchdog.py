@@ -123,11 +123,12 @@ class Watchdog:
         now, known = self.clock(), self._heard
         if not known or now - self._looked > 10 * PERIOD:  # at first; or this process was stopped itself
             known, self._progress = {}, now
-        self._heard, self._looked = {}, now
+        heard = {}
         for rank, said in enumerate(self._read()):
             when, before = known.get(rank, (now, said))
-            self._heard[rank] = (when if said == before else now, said)
+            heard[rank] = (when if said == before else now, said)
             self._progress = now if said.came != before.came else self._progress
+        self._heard, self._looked = heard, now  # at once: the main thread reads it, too
         if silent := [rank for rank, (when, _) in self._heard.items() if now - when > self.seconds]:
             return (
                 f"nothing was heard for {self.seconds:g} s of {self._named(silent)}: stopped, or gone; {self._here()}"

@@ -40,6 +40,27 @@ def test_sums_maxima_and_words() -> None:
     assert run_ranks(3, _agreement) == [expected] * 3
 
 
+def _to_first(world: World) -> Any:
+    mine = {
+        f"{world.rank}.x": torch.full((world.rank + 1, 2), float(world.rank)),
+        f"{world.rank}.flag": torch.tensor(True),
+    }
+    if world.rank == 2:
+        mine["2.empty"] = torch.zeros(0, 3, dtype=torch.int32)
+        mine["2.strided"] = torch.arange(6, dtype=torch.bfloat16).view(2, 3).T
+    collected = world.to_first(mine)
+    return {name: (str(t.dtype), t.tolist()) for name, t in collected.items()}
+
+
+def test_tensors_of_all_ranks_on_the_first() -> None:
+    first, second, third = run_ranks(3, _to_first)
+    assert list(second) == ["1.x", "1.flag"]
+    assert first == {"0.x": first["0.x"], "0.flag": ("torch.bool", True)} | second | third
+    assert first["2.x"] == ("torch.float32", [[2.0, 2.0]] * 3)
+    assert first["2.strided"] == ("torch.bfloat16", [[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]])
+    assert first["2.empty"] == ("torch.int32", [])
+
+
 def _misfit(world: World) -> None:
     if world.rank == 1:
         raise RuntimeError("out of luck")
