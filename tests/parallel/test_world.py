@@ -1,12 +1,13 @@
 """Who is who among several processes, and what they agree on."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from parallel.world import ALONE, World, join, launched
-from tests.processes import run_ranks
+from tests.processes import exit_codes, run_ranks, started_ranks
 
 
 def test_alone_nobody_is_asked() -> None:
@@ -59,6 +60,26 @@ def test_tensors_of_all_ranks_on_the_first() -> None:
     assert first["2.x"] == ("torch.float32", [[2.0, 2.0]] * 3)
     assert first["2.strided"] == ("torch.bfloat16", [[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]])
     assert first["2.empty"] == ("torch.int32", [])
+
+
+def _threads_left() -> int:
+    """Threads of gloo after a world in which an optimizer was at work."""
+    with join() as world:
+        weight = torch.nn.Parameter(torch.ones(2))
+        weight.sum().backward()
+        torch.optim.AdamW([weight]).step()
+        world.barrier()
+        assert _gloo_threads()
+    return len(_gloo_threads())
+
+
+def _gloo_threads() -> list[str]:
+    return [name for task in Path("/proc/self/task").iterdir() if "gloo" in (name := (task / "comm").read_text())]
+
+
+def test_no_thread_of_a_group_is_left_when_python_ends(tmp_path: Path) -> None:
+    with started_ranks(2, tmp_path, _threads_left) as processes:
+        assert exit_codes(processes) == [0, 0], (tmp_path / "0.err").read_text()
 
 
 def _misfit(world: World) -> None:
