@@ -95,7 +95,7 @@ def _started(rank: int, ranks: int, port: int, folder: str, work: Callable[..., 
 def _server() -> Any:
     """It imports torch once; each rank is its fork, made before torch has any thread."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed", "lmtrain.train", "tests.processes"])
+    context.set_forkserver_preload(["torch._dynamo", "torch.distributed", "lmtrain.train", "tests.processes"])
     return context
 
 

@@ -1,5 +1,9 @@
 """Who is who among several processes, and what they agree on."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -38,6 +42,59 @@ def _agreement(world: World) -> Any:
 def test_sums_maxima_and_words() -> None:
     expected = ([[[3.0] * 3] * 2, 3, 6.0], 7, [0, 100, 200])
     assert run_ranks(3, _agreement) == [expected] * 3
+
+
+def _to_first(world: World) -> Any:
+    mine = {
+        f"{world.rank}.x": torch.full((world.rank + 1, 2), float(world.rank)),
+        f"{world.rank}.flag": torch.tensor(True),
+    }
+    if world.rank == 2:
+        mine["2.empty"] = torch.zeros(0, 3, dtype=torch.int32)
+        mine["2.strided"] = torch.arange(6, dtype=torch.bfloat16).view(2, 3).T
+    collected = world.to_first(mine)
+    return {name: (str(t.dtype), t.tolist()) for name, t in collected.items()}
+
+
+def test_tensors_of_all_ranks_on_the_first() -> None:
+    first, second, third = run_ranks(3, _to_first)
+    assert list(second) == ["1.x", "1.flag"]
+    assert first == {"0.x": first["0.x"], "0.flag": ("torch.bool", True)} | second | third
+    assert first["2.x"] == ("torch.float32", [[2.0, 2.0]] * 3)
+    assert first["2.strided"] == ("torch.bfloat16", [[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]])
+    assert first["2.empty"] == ("torch.int32", [])
+
+
+OPTIMIZES = """
+import sys
+from pathlib import Path
+import torch
+from torch.distributed import FileStore
+from parallel.world import join
+
+def of_gloo():
+    return [task for task in Path("/proc/self/task").iterdir() if "gloo" in (task / "comm").read_text()]
+
+with join(store=FileStore(sys.argv[1], 2)) as world:
+    weight = torch.nn.Parameter(torch.ones(2))
+    weight.sum().backward()
+    torch.optim.AdamW([weight]).step()
+    world.barrier()
+    assert of_gloo()
+assert not of_gloo()
+"""
+
+
+def test_no_thread_of_a_group_is_left_when_python_ends(tmp_path: Path) -> None:
+    """In interpreters of their own: it depends on what was imported before."""
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", OPTIMIZES, str(tmp_path / "store")],
+            env={**os.environ, "RANK": rank, "WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo"},
+        )
+        for rank in "01"
+    ]
+    assert [process.wait(100) for process in started] == [0, 0]
 
 
 def _misfit(world: World) -> None:
