@@ -9,6 +9,7 @@ from lmtrain.config import ParallelConfig, load
 from lmtrain.setup import CHECKS
 from lmtrain.train import train
 from parallel.agree import AgreedError, together
+from parallel.deepspeed import load_library
 from parallel.watchdog import Watchdog
 from parallel.world import join, launched
 
@@ -32,6 +33,8 @@ def start(
         parallel = load(path_or_name, overrides, ranks=launched()).parallel
     except ValueError:
         parallel = ParallelConfig()  # all ranks must meet before the first one may say what is wrong
+    if parallel.engine == "deepspeed":
+        load_library()
     with join() as world, Watchdog(world, parallel.timeout) as watchdog:
         checks = CHECKS if world.is_first else ()
         try:

@@ -72,10 +72,11 @@ class DeepSpeedEngine(MicroBatches):
         try:
             self._held.enter_context(_process_group(world, device))
             self._held.enter_context(_functions_kept())
-            self._library = _deepspeed(device)
+            self._library = load_library()
             self._root = _Root(model)
             self._engine = self._library.initialize(model=self._root, optimizer=optimizer, config=settings)[0]
             self._held.callback(self._engine.destroy)
+            self._held.callback(_forget_root, self._root)
             self._make_moments()
         except BaseException:
             self._held.close()
@@ -272,9 +273,13 @@ def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True)
 
 
-def _deepspeed(device: torch.device) -> Any:
-    """The library, quiet, and kept from compiling anything at start."""
-    if device.type == "cpu":
+def load_library() -> Any:
+    """DeepSpeed, quiet, and kept from compiling anything at start.
+
+    To be called before the ranks join: its functions have the group of that moment as a default, and would keep it,
+    with its threads, until Python ends.
+    """
+    if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
     import deepspeed.ops
@@ -314,14 +319,25 @@ def _process_group(world: World, device: torch.device) -> Iterator[None]:
     try:
         yield
     finally:
-        if alone:
-            _leave_group()
+        _forget_groups(destroy=alone)
         for name in missing:
             del os.environ[name]
 
 
-def _leave_group() -> None:
-    """Through DeepSpeed, which so forgets the groups that it made of this one; the next engine makes its own."""
-    from deepspeed import comm
+def _forget_root(root: nn.Module) -> None:
+    """Stage 3 notes where its hooks are at work, and begins with a root that it never takes off."""
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 
-    comm.destroy_process_group()
+    FWD_MODULE_STACK[:] = [module for module in FWD_MODULE_STACK if module is not root]
+
+
+def _forget_groups(destroy: bool) -> None:
+    """DeepSpeed lets go of the groups that it made: in a module of its own they would outlive the world, with their
+    threads, and be taken for those of the next one."""
+    from deepspeed import comm
+    from deepspeed.utils import groups
+
+    if destroy:
+        comm.destroy_process_group()
+    else:
+        groups._release_process_group_references()

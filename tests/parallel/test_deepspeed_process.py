@@ -44,6 +44,40 @@ assert "deepspeed" not in sys.modules
 """
 
 
+TWO_WORLDS = """
+import gc
+import sys
+from pathlib import Path
+import torch
+from torch.distributed import FileStore
+from lmtrain.config import OptimizerConfig
+from lmtrain.optimizer import torch_adamw
+from parallel.deepspeed import DeepSpeedEngine, load_library
+from parallel.world import join
+from tests.parallel.test_engine import Bigram, batch
+
+def of_gloo():
+    return [task for task in Path("/proc/self/task").iterdir() if "gloo" in (task / "comm").read_text()]
+
+def step(stage):
+    with join(store=FileStore(f"{sys.argv[1]}-{stage}", 2)) as world:
+        model = Bigram()
+        adamw = torch_adamw(model, OptimizerConfig())
+        engine = DeepSpeedEngine(model, adamw, device=torch.device("cpu"), stage=stage, world=world)
+        tokens, labels = batch()
+        engine.backward(engine.forward_loss(tokens, labels, None, 20, seed=0))
+        engine.step(0.1)
+        engine.close()
+        assert of_gloo()
+
+load_library()
+for stage in (2, 3):
+    step(stage)
+    gc.collect()
+    assert not of_gloo(), f"stage {stage}"
+"""
+
+
 def run_alone(program: str, tmp_path: Path) -> str:
     """What a process without a launcher says; it must end well, and compile nothing."""
     environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
@@ -66,6 +100,17 @@ def test_without_a_launcher_one_engine_after_the_other_and_not_a_word(tmp_path: 
 
 def test_who_does_not_choose_it_does_not_import_it(tmp_path: Path) -> None:
     assert run_alone(NO_IMPORT, tmp_path) == ""
+
+
+def test_one_world_after_the_other_and_no_thread_is_left(tmp_path: Path) -> None:
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_WORLDS, str(tmp_path / "store")],
+            env={**os.environ, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo"},
+        )
+        for rank in "01"
+    ]
+    assert [process.wait(100) for process in started] == [0, 0]
 
 
 def builds(world: World) -> list[str]:
