@@ -67,15 +67,18 @@ def train(
     resume: a checkpoint to start a new run from (a fork), or the newest one of run.dir itself. fresh: if run.dir
     holds damaged checkpoints only, begin again beside them. debug: FloatingPointError where a forward pass makes a
     number that is not finite, instead of a skipped update. world: the ranks that train together, all of which call
-    this; watchdog: of this one. Returns the exit code, the same on all; ValueError is the user's.
+    this; watchdog: of this rank (without, the first one alone writes how it failed). Returns the exit code, the same on
+    all; ValueError is the user's.
     """
     watchdog = watchdog or Watchdog(ALONE, config.parallel.timeout)
     with StopRequest(world) as stop, open_folder(config, world) as run:
-        watchdog.on_failure = run.fail
+        if world.is_first or watchdog.world is world:
+            watchdog.on_failure = run.fail
         try:
             return Training(config, run, stop, debug, world, watchdog.at).go(resume, fresh)
         except AgreedError as error:
-            run.fail(str(error))
+            if world.is_first:
+                run.fail(str(error))
             raise
         except BaseException as error:
             reason = watchdog.fail(f"{type(error).__name__}: {error}")

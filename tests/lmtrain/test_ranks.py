@@ -146,6 +146,7 @@ def test_what_the_first_rank_refuses_ends_for_all(folder: Path) -> None:
     (folder / "damaged").mkdir()
     told = run(2, folder, "new", *PLAIN, resume=folder / "damaged")
     assert ["damaged" in each for each in told] == [True] * 2
+    assert (folder / "new/log.txt").read_text().count("failed: ") == 1
     words = ["train.micro_batch=3", "train.batch_tokens=96"]
     assert ["ranks 2; nearest: " in each for each in run(2, folder, "uneven", *words)] == [True] * 2
 
