@@ -32,8 +32,7 @@ from attention.mixer import (
     setting,
     wide_linear,
 )
-from attention.ops.attend import attend
-from attention.ops.merge import merge
+from attention.ops.attend import KeySet, attend_union
 from attention.ops.sparsek import partial_from, sparsek_threshold
 from attention.softmax import AttentionConfig, ProjectedHeads
 
@@ -113,24 +112,18 @@ class Sparsek(ProjectedHeads):
     def _meet(self, q: Tensor, rows: Rows, tau: Tensor, death: Tensor, clock: Clock, limit: int | None) -> Tensor:
         """Outputs of the heads [B, H, T, D] of q [B, H, T, D], with the tau [B, G, T] of its tokens, and the times
         [B, G, N] at which the keys beyond the window die; with a limit no key is met so many steps after its own."""
-        window, total, new = self.config.window, rows.u.shape[2], q.shape[2]
+        window = self.config.window
         if limit is not None:
             death = torch.minimum(death, rows.time + limit)
-        # Never nobody, so that W_u always has a gradient, if a zero.
-        far, tau = slice(0, max(1, total - window)), tau.repeat_interleave(self.heads // self.kv_heads, 1)
-        birth, death, end = rows.time[..., far] + window, death[..., far], clock.now + new
-        generation = by_lifespan(birth, death, end, [edge * self.config.keep for edge in EDGES])
-        life = Lifetimes(_int32(birth), _int32(death), generation)
-        gate = rows.u[..., far], tau
-        out, lse = attend(q, rows.k[:, :, far], rows.v[:, :, far], life, time=clock.query_time, gate=gate)
-        # What is no number must not pass for a share of 0.
-        parts = [(out, lse.masked_fill(tau.isnan(), torch.nan))]
+        birth, tau = rows.time + window, tau.repeat_interleave(self.heads // self.kv_heads, 1)
+        generation = by_lifespan(birth, death, clock.now + q.shape[2], [edge * self.config.keep for edge in EDGES])
+        far = Lifetimes(_int32(birth), _int32(death), generation)
+        sets = [KeySet(q, rows.k, rows.v, far, gate=(rows.u, tau))]
         if window:
-            near = slice(max(0, total - new - window + 1), total)
-            steps = window if limit is None else min(window, limit)
-            life = Lifetimes(_int32(rows.time[..., near]), _int32(rows.until(rows.time + steps)[..., near]))
-            parts.append(attend(q, rows.k[:, :, near], rows.v[:, :, near], life, time=clock.query_time))
-        return merge(parts)[0]
+            until = rows.until(rows.time + (window if limit is None else min(window, limit)))
+            life = Lifetimes(_int32(rows.time), _int32(until))
+            sets.append(KeySet(q, rows.k, rows.v, life))
+        return attend_union(sets, time=clock.query_time)[0]
 
     def pairs(self, length: int) -> int:
         """At most so many (query, living key) pairs, over all query heads: as many as if no candidate were at c = 0."""

@@ -65,13 +65,15 @@ def attend(
 
 @dataclass(frozen=True)
 class KeySet:
-    """Keys with lifetimes, and the queries that ask them: q, k, v, life, key_bias of `attend`. Sets may differ in D."""
+    """Keys with lifetimes, and the queries that ask them: q, k, v, life, key_bias, gate of `attend`. Sets may differ in
+    D."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     life: Lifetimes
     key_bias: Tensor | None = None
+    gate: tuple[Tensor, Tensor] | None = None
 
 
 def attend_union(
@@ -80,17 +82,18 @@ def attend_union(
     """One softmax over disjoint sets of keys: (out, lse) of their `merge`, by a shorter way back.
 
     time, scale as in `attend`, of all sets alike. For kinds of keys that one call would serve badly: another width,
-    another order. Raises ValueError for no sets, and as `attend`.
+    another order, a gate. Where a tau is NaN, so are out and lse. Raises ValueError for no sets, and as `attend`.
     """
     if not sets:
         raise ValueError("sets: expected at least one set of keys, got none")
     for one in sets:
-        _check(one.q, one.k, one.v, one.life, time, one.key_bias, None, None)
+        _check(one.q, one.k, one.v, one.life, time, one.key_bias, one.gate, None)
     if scale is None:
         scale = sets[0].q.shape[-1] ** -0.5
     kernel = all(one.q.is_cuda and _takes_kernel(one.q, one.v) for one in sets)
     tensors = [
-        (one.q, one.k, one.v, one.life.birth, one.life.death, one.life.generation, time, one.key_bias, None, None)
+        (one.q, one.k, one.v, one.life.birth, one.life.death, one.life.generation, time, one.key_bias)
+        + (one.gate or (None, None))
         for one in sets
     ]
     return union_op(tensors, float(scale), kernel)

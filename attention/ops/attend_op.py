@@ -194,7 +194,7 @@ class _Union(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, number: int, scale: float, kernel: bool, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-        out, lse = merge([_forward_op(*one, scale, kernel) for one in _in_tens(tensors)])
+        out, lse = merge([_one_of_union(one, scale, kernel) for one in _in_tens(tensors)])
         ctx.scale, ctx.kernel = scale, kernel
         ctx.save_for_backward(*tensors, out, lse)
         ctx.set_materialize_grads(False)
@@ -211,6 +211,13 @@ class _Union(torch.autograd.Function):
             wants_bias = ctx.needs_input_grad[3 + 10 * number + 7]
             grads += _gradients(dout, dlse, one, out, lse, ctx.scale, ctx.kernel, wants_bias)
         return tuple(grads)
+
+
+def _one_of_union(tensors: Sequence[Tensor | None], scale: float, kernel: bool) -> tuple[Tensor, Tensor]:
+    """(out, lse) of one set; a tau that is no number must not pass for a share of 0."""
+    out, lse = _forward_op(*tensors, scale, kernel)
+    tau = tensors[9]
+    return out, lse if tau is None else lse.masked_fill(tau.isnan(), torch.nan)
 
 
 def _in_tens(tensors: Sequence[Tensor | None]) -> Iterator[Sequence[Tensor | None]]:

@@ -1,5 +1,7 @@
 """One softmax over several sets of keys: that of all of them in one call."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
@@ -73,6 +75,28 @@ def test_at_other_times() -> None:
     sets = [some_set(10, window(LENGTH, NEAR)), some_set(20, older())]
     parts = [attend(s.q, s.k, s.v, s.life, time=time, scale=0.3) for s in sets]
     check(attend_union(sets, time=time, scale=0.3), merge(parts), inputs_of(sets))
+
+
+def gated_set() -> KeySet:
+    u, tau = drawn(2, 2, LENGTH, seed=60), drawn(2, 4, LENGTH, seed=61)
+    return dataclasses.replace(some_set(50, older()), gate=(u, tau))
+
+
+def test_a_gated_set() -> None:
+    sets = [gated_set(), some_set(20, window(LENGTH, NEAR))]
+    parts = [attend_reference(s.q, s.k, s.v, s.life, gate=s.gate, scale=0.3) for s in sets]
+    assert sets[0].gate is not None
+    check(attend_union(sets, scale=0.3), merge(parts), [*inputs_of(sets), *sets[0].gate])
+
+
+def test_a_threshold_that_is_no_number_is_not_hidden() -> None:
+    gated = gated_set()
+    assert gated.gate is not None
+    with torch.no_grad():
+        gated.gate[1][0, 1, [0, 30]] = torch.nan  # at time 0 no gated key is met
+    for result in attend_union([gated, some_set(20, window(LENGTH, NEAR))]):
+        wrong = result.flatten(3).isnan().any(-1) if result.dim() == 4 else result.isnan()
+        assert wrong.nonzero().tolist() == [[0, 1, 0], [0, 1, 30]]
 
 
 def test_one_set_is_attend() -> None:
