@@ -45,12 +45,20 @@ def apply_rotary(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     cos, sin = (t.to(wide).unsqueeze(1) if t.dim() == 3 else t.to(wide) for t in table)
     shape = torch.broadcast_shapes(x.shape[:-1], cos.shape[:-1])
-    return _Turn.apply(x.expand(*shape, x.shape[-1]), cos, sin)
+    x = x.expand(*shape, x.shape[-1])
+    return _turned(x, cos, sin) if torch.compiler.is_compiling() else _Turn.apply(x, cos, sin)
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The definition; a compiler makes one pass of it."""
+    half = cos.shape[-1]
+    first, second, rest = x[..., :half].to(cos.dtype), x[..., half : 2 * half].to(cos.dtype), x[..., 2 * half :]
+    return torch.cat([(first * cos - second * sin).to(x.dtype), (second * cos + first * sin).to(x.dtype), rest], -1)
 
 
 class _Turn(torch.autograd.Function):
-    """The rotation by the angles of cos and sin; its gradient is the one back. Written half by half into its place:
-    products, their sums and the halves side by side as tensors of their own would take three times as long."""
+    """`_turned`, written half by half into its place: products, sums and halves as tensors of their own would take
+    three times as long. The gradient is turned back."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
