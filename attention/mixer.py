@@ -136,6 +136,13 @@ class Mixer(nn.Module):
         """Whether a forward pass trains: what the context says, else the module's own flag."""
         return self.training if ctx is None or ctx.training is None else ctx.training
 
+    def pending(self) -> list[Tensor]:
+        """What `after_step` learns from: sums over the tokens of a step, in buffers of the name `pending`.
+
+        Processes that train together add theirs up before it, so that all learn the same.
+        """
+        return [buffer for name, buffer in self.named_buffers() if name.rpartition(".")[2] == "pending"]
+
     def after_step(self, skipped: bool = False) -> None:
         """Move what is learnt online (centroids, codebooks), once per optimizer step; `skipped`: drop it."""
 

@@ -2,7 +2,7 @@
 
 A forward pass never writes them: activation checkpointing runs it twice, evaluation must not teach. What a micro-batch
 has to say waits in `pending` from the backward pass on, which runs once for it, and moves the averages after the
-optimizer step, once for all micro-batches.
+optimizer step, once for all micro-batches and all processes that train together.
 
 Source: the moving averages of van den Oord et al., "Neural Discrete Representation Learning" (2017, arXiv 1711.00937),
 appendix A.1, as a step towards the mean of what was assigned: the quotient of two averages would blow an entry up that
@@ -72,7 +72,7 @@ class OnlineMeans(WideModule):
 
     def step(self, skipped: bool = False) -> None:
         """Move towards what is pending, or drop it if the optimizer skipped its step."""
-        pending = self.pending  # of this process; ranks that train together add theirs up here
+        pending = self.pending  # of all ranks: `Mixer.pending` lets them add theirs up before
         if not skipped:
             total, squares, number = pending[..., :-2], pending[..., -2], pending[..., -1]
             error = squares - (2 * total - number[..., None] * self.means).mul(self.means).sum(-1)

@@ -216,12 +216,10 @@ def _lengths(text: str) -> list[int]:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from lmtrain.config import load
-    from lmtrain.setup import CHECKS
-    from lmtrain.train import train
+    from lmtrain.start import start
 
-    config = load(arguments.config, arguments.overrides, checks=CHECKS)
-    return train(config, resume=arguments.resume, fresh=arguments.fresh, debug=arguments.debug)
+    how = {"resume": arguments.resume, "fresh": arguments.fresh, "debug": arguments.debug}
+    return start(arguments.config, arguments.overrides, **how)
 
 
 def _eval(arguments: argparse.Namespace) -> int:

@@ -273,6 +273,10 @@ class DecoderLM(nn.Module):
         kinds = {mixer.causality for block in self.layers for _, mixer in block.items()}
         return "selects_ahead" if "selects_ahead" in kinds else "strict"
 
+    def pending(self) -> list[Tensor]:
+        """The sums from which the mixers learn online; see `Mixer.pending`."""
+        return [tensor for block in self.layers for _, mixer in block.items() for tensor in mixer.pending()]
+
     def after_step(self, skipped: bool = False) -> None:
         """Let the mixers move what they learn online; see `Mixer.after_step`."""
         for block in self.layers:

@@ -1,7 +1,8 @@
 """The engine: how one optimizer step is computed. The trainer above it never touches gradients.
 
-An engine works on any model with `loss(tokens, labels, ctx, state) -> (sum of nats, count, auxiliary losses)` and
-`after_step(skipped)`, and any optimizer with `step(lr)`, `zero_grad()`, `state()` and `load_state(...)`.
+An engine works on any model with `loss(tokens, labels, ctx, state) -> (sum of nats, count, auxiliary losses)`,
+`pending()` and `after_step(skipped)`, and any optimizer with `step(lr)`, `zero_grad()`, `state()` and
+`load_state(...)`.
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from parallel.world import ALONE, World
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
 class StepInfo:
     """What one step did: loss in nats per token over the global batch (without auxiliary losses), their sum, the
-    gradient norm before clipping, the learning rate, and whether the update was skipped as not finite."""
+    gradient norm before clipping, the learning rate, and whether the update was skipped as not finite. The same on all
+    ranks."""
 
     loss: float
     auxiliary: float
@@ -39,6 +43,9 @@ class Model(Protocol):
     def loss(
         self, tokens: Tensor, labels: Tensor, ctx: Any, state: Any
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]: ...
+    def pending(self) -> list[Tensor]:
+        """Sums over what this rank read in the step, from which `after_step` learns: to be added up over the ranks."""
+
     def after_step(self, skipped: bool = False) -> None: ...
 
 
@@ -52,16 +59,37 @@ class Optimizer(Protocol):
 
 
 class Engine(Protocol):
-    """How a step is computed, whatever the number of processes."""
+    """How a step is computed, whatever the number of processes.
+
+    All ranks call every method, in the same order: each may wait for the others. A step is, on each rank,
+    `forward_loss` and `backward` for each of its micro-batches, as many on all ranks, then `step`.
+    """
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision of forward passes, for training and evaluation alike."""
 
     def forward_loss(
         self, tokens: Tensor, labels: Tensor, ctx: Any, step_tokens: int, seed: int, state: Any = None
-    ) -> Tensor: ...
-    def backward(self, loss: Tensor) -> None: ...
-    def step(self, lr: float) -> StepInfo: ...
-    def state(self) -> dict[str, dict[str, Tensor]]: ...
-    def load_state(self, state: dict[str, dict[str, Tensor]]) -> None: ...
-    def close(self) -> None: ...
+    ) -> Tensor:
+        """This micro-batch's share of the step's loss, see `TorchEngine.forward_loss`."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of what `forward_loss` returned to the step's."""
+
+    def step(self, lr: float) -> StepInfo:
+        """Update the weights by the gradients of all ranks, or skip the update on all of them; clear the gradients."""
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """Everything that training changes, by name: `model` (parameters and buffers) and `optimizer`.
+
+        In the same form whatever the engine and the number of ranks; whole on the first rank, which alone needs it.
+        """
+
+    def load_state(self, state: dict[str, dict[str, Tensor]]) -> None:
+        """Take over what `state` returned; each rank is given the whole. ValueError, on all, if it does not fit."""
+
+    def close(self) -> None:
+        """Release what the engine holds beside model and optimizer."""
 
 
 class LossScale:
@@ -92,9 +120,11 @@ class LossScale:
 
 
 class TorchEngine:
-    """One process of plain torch: float32 weights, autocast to `dtype`, clipping, and a guard against non-finite steps.
+    """Plain torch: float32 weights, autocast to `dtype`, clipping, and a guard against non-finite steps.
 
-    A step whose loss or gradient norm is not finite leaves weights and moments as they were, bit for bit.
+    Each rank of the `world` holds all weights. Gradients are summed over the ranks once per step, so all of them make
+    the same update, bit for bit. A step whose loss or gradient norm is not finite, be it on one rank only, leaves
+    weights and moments as they were, bit for bit, on all of them.
     """
 
     def __init__(
@@ -106,7 +136,9 @@ class TorchEngine:
         dtype: str = "float32",
         clip: float = 0.0,
         compile: bool = False,
+        world: World = ALONE,
     ) -> None:
+        self.world = world
         self.model = model
         self.optimizer = optimizer
         self.device = device
@@ -154,7 +186,8 @@ class TorchEngine:
         (loss if self._scale.scale == 1.0 else loss * self._scale.scale).backward()
 
     def step(self, lr: float) -> StepInfo:
-        """Clip, update, clear; or skip the update if anything is not finite."""
+        """Sum over the ranks, clip, update, clear; or skip the update if anything is not finite."""
+        self._sum_over_ranks()
         grads = [p.grad for p in self._parameters if p.grad is not None]
         if self._scale.scale != 1.0:
             torch._foreach_mul_(grads, 1.0 / self._scale.scale)
@@ -168,9 +201,30 @@ class TorchEngine:
         if self.dtype == torch.float16:
             self._scale.update(finite)
         self.optimizer.zero_grad()
+        if finite:
+            self.world.sum_(self._as_model.pending())
         self._as_model.after_step(skipped=not finite)
         self._reset()
         return StepInfo(loss, auxiliary, grad_norm, lr, not finite)
+
+    def _sum_over_ranks(self) -> None:
+        """Losses and gradients of all ranks in the place of those of this one.
+
+        A gradient that a parameter has on some ranks only is zero on the others; a parameter that has none on any keeps
+        none, as in one process: the optimizer leaves it alone.
+        """
+        if self.world.size == 1:
+            return
+        has_grad = torch.tensor([p.grad is not None for p in self._parameters], device=self.device)
+        numbers = torch.cat([torch.stack([self._loss_sum, self._auxiliary]), has_grad.double()])
+        self.world.sum_([numbers])
+        self._loss_sum, self._auxiliary = numbers[0], numbers[1]
+        grads = []
+        for parameter, ranks in zip(self._parameters, numbers[2:].tolist(), strict=True):
+            if ranks:
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                grads.append(parameter.grad)
+        self.world.sum_(grads)
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Everything that training changes, by name: `model` (parameters and buffers) and `optimizer`."""
@@ -188,4 +242,4 @@ class TorchEngine:
         self.optimizer.load_state(optimizer)
 
     def close(self) -> None:
-        """Nothing to release in one process."""
+        """Nothing to release."""

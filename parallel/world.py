@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,6 +23,8 @@ from torch import Tensor
 
 LOOPBACK = "127.0.0.1"
 CPU = torch.device("cpu")
+MESSAGE_BYTES = 64 << 20
+START_SECONDS = 600.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +32,8 @@ class World:
     """One process among those that train together.
 
     rank, size: of all processes; local_rank: on this machine. sequence: ranks that share a row, with the group in which
-    they talk. device: where tensors lie that collectives take.
+    they talk. device: where tensors lie that collectives take. store: a few words that all ranks can read and write,
+    without waiting for each other.
     """
 
     rank: int = 0
@@ -39,6 +42,7 @@ class World:
     sequence: int = 1
     sequence_group: dist.ProcessGroup | None = None
     device: torch.device = CPU
+    store: dist.Store | None = None
 
     @property
     def is_first(self) -> bool:
@@ -61,13 +65,13 @@ class World:
         return self.rank % self.sequence
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
-        """Each tensor becomes the sum of those of all ranks, in place: those of one dtype in one message."""
+        """Each tensor becomes the sum of those of all ranks, in place, the same bits on each of them.
+
+        Those of one dtype travel together, in messages of about MESSAGE_BYTES at most (or one tensor).
+        """
         if self.size == 1:
             return
-        alike: dict[torch.dtype, list[Tensor]] = {}
-        for tensor in tensors:
-            alike.setdefault(tensor.dtype, []).append(tensor)
-        for some in alike.values():
+        for some in _messages(tensors):
             flat = torch.cat([tensor.reshape(-1) for tensor in some])
             dist.all_reduce(flat)
             for tensor, summed in zip(some, flat.split([tensor.numel() for tensor in some]), strict=True):
@@ -93,9 +97,45 @@ class World:
         dist.all_gather(told, filled)
         return [json.loads(bytes(each.tolist())) for each in told]
 
+    def to_first(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Those of all ranks on the first one, where each rank has names of its own; elsewhere just `tensors`."""
+        collected = dict(tensors)
+        forms = self.gather([(name, str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in tensors.items()])
+        for rank in range(1, self.size):
+            for name, dtype, shape in forms[rank]:
+                if self.is_first:
+                    collected[name] = torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
+                    _bytes_of(collected[name], dist.recv, rank)
+                elif self.rank == rank:
+                    _bytes_of(tensors[name].to(self.device).contiguous(), dist.send, 0)
+        return collected
+
     def barrier(self) -> None:
         """Returns when every rank has come here."""
         self.largest(0)
+
+
+def _bytes_of(tensor: Tensor, send_or_receive: Callable[[Tensor, int], Any], rank: int) -> None:
+    """As bytes, for not every dtype travels."""
+    if tensor.numel():
+        send_or_receive(tensor.reshape(-1).view(torch.uint8), rank)
+
+
+def _messages(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """The tensors in groups of one dtype that are not too large: what is sent is copied."""
+    alike: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        alike.setdefault(tensor.dtype, []).append(tensor)
+    for some in alike.values():
+        message: list[Tensor] = []
+        size = 0
+        for tensor in some:
+            if message and size + tensor.nbytes > MESSAGE_BYTES:
+                yield message
+                message, size = [], 0
+            message.append(tensor)
+            size += tensor.nbytes
+        yield message
 
 
 ALONE = World()
@@ -107,11 +147,12 @@ def launched(environment: Mapping[str, str] = os.environ) -> int:
 
 
 @contextmanager
-def join(sequence: int = 1, timeout: float = 600.0, store: dist.Store | None = None) -> Iterator[World]:
+def join(sequence: int = 1, timeout: float = START_SECONDS, store: dist.Store | None = None) -> Iterator[World]:
     """The world of this process, as the environment describes it; left at the end.
 
-    sequence: ranks that share a row; must divide the world (ValueError). timeout: seconds after which a collective that
-    somebody does not come to fails. store: where ranks find each other, instead of MASTER_ADDR.
+    sequence: ranks that share a row; must divide the world (ValueError). timeout: seconds within which all ranks must
+    have started (RuntimeError names those that have not). store: where ranks find each other, instead of MASTER_ADDR.
+    Collectives have no timeout of their own (a day): see `parallel.watchdog`.
     """
     size = launched()
     if size % sequence:
@@ -127,14 +168,28 @@ def join(sequence: int = 1, timeout: float = 600.0, store: dist.Store | None = N
         torch.cuda.set_device(local_rank)
         device = torch.device("cuda", local_rank)
     os.environ.setdefault("MASTER_ADDR", LOOPBACK)
+    if store is None:
+        store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=timedelta(seconds=timeout)))
+    _await_all(store, rank, size, timeout)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
+    dist.init_process_group(
+        backend, store=dist.PrefixStore("groups", store), rank=rank, world_size=size, timeout=timedelta(days=1)
+    )
     try:
         group = None
         for first in range(0, size, sequence):  # every rank must make every group
             ranks = list(range(first, first + sequence))
-            made = dist.new_group(ranks, timeout=timedelta(seconds=timeout)) if sequence > 1 else None
+            made = dist.new_group(ranks, timeout=timedelta(days=1)) if sequence > 1 else None
             group = made if rank in ranks else group
-        yield World(rank, size, local_rank, sequence, group, device)
+        yield World(rank, size, local_rank, sequence, group, device, store)
     finally:
         dist.destroy_process_group()
+
+
+def _await_all(store: dist.Store, rank: int, size: int, seconds: float) -> None:
+    store.set(f"started/{rank}", "")
+    try:
+        store.wait([f"started/{other}" for other in range(size)], timedelta(seconds=seconds))
+    except RuntimeError:
+        missing = ", ".join(str(other) for other in range(size) if not store.check([f"started/{other}"]))
+        raise RuntimeError(f"of {size} ranks these did not start within {seconds:g} s: {missing}") from None

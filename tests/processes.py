@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import multiprocessing
 import os
+import pickle
 import signal
 import tempfile
 import time
@@ -27,7 +28,7 @@ def run_ranks(
     """
     # The server imports torch once; each rank is its fork, made before torch has any thread.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "tests.processes"])
+    context.set_forkserver_preload(["torch.distributed", "lmtrain.train", "tests.processes"])
     with tempfile.TemporaryDirectory() as folder:
         ends, processes = [], []
         for rank in range(ranks):
@@ -57,7 +58,7 @@ def _results(ends: list[Connection], folder: str, seconds: float) -> list:
         for end in ready:
             assert isinstance(end, Connection)
             try:
-                told[rank_of[end]] = end.recv()
+                told[rank_of[end]] = pickle.loads(end.recv_bytes())
             except EOFError:
                 told[rank_of[end]] = ("failed", "it ended without a word")
     wrong = [f"rank {rank}: {said}" for rank, (how, said) in told.items() if how == "failed"]
@@ -93,5 +94,6 @@ def _rank(
                 told = ("done", work(world, *arguments))
             except BaseException:
                 told = ("failed", traceback.format_exc())
-            end.send(told)  # before the others notice that somebody left
+            # Before the others notice that somebody left. By value: shared tensors would end with this process.
+            end.send_bytes(pickle.dumps(told))
             world.barrier()

@@ -28,6 +28,9 @@ class Bigram(nn.Module):
         losses = {"size": 0.1 * self.table.square().mean()} if self.auxiliary else {}
         return total, (labels >= 0).sum(), losses
 
+    def pending(self) -> list[Tensor]:
+        return []
+
     def after_step(self, skipped: bool = False) -> None:
         self.skips.append(skipped)
 
