@@ -8,6 +8,7 @@ all else to stderr.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -43,7 +44,16 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """Arguments as a namespace with `run`, the function of the verb. Mistakes exit with 2."""
+    if os.environ.get("RANK", "0") != "0":  # of a launcher's processes one tells the user what is wrong
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+            return _parsed(argv)
+    return _parsed(argv)
+
+
+def _parsed(argv: list[str]) -> argparse.Namespace:
     parser, verbs = _parser()
+    # The deepspeed launcher says this in front of our words; the environment says it too.
+    argv = argv[1:] if argv and argv[0].startswith("--local_rank=") else argv
     arguments, rest = parser.parse_known_args(argv)
     overrides = [word for word in rest if "=" in word and not word.startswith("-")]
     stray = [word for word in rest if word not in overrides]
