@@ -153,6 +153,7 @@ class Training:
                 self.saver.report()
                 if self.stop.asked():
                     return self._stopped()
+                self.at(f"step {self.step + 1}, its batches")
                 info = self._one_step(next(steps))
                 if self.skips_in_a_row >= self.config.train.max_skips:
                     return self._give_up(info)
@@ -165,7 +166,6 @@ class Training:
     def _one_step(self, batches: list[Batch]) -> StepInfo:
         """Forward and backward over the micro-batches, one update, counters, and its row if it is logged."""
         with self.seconds:
-            self.at(f"step {self.step + 1}, its beginning")
             scored, crc = self._over_ranks(
                 sum(int((batch.labels >= 0).sum()) for batch in batches), sum(batch.crc for batch in batches)
             )
