@@ -41,6 +41,7 @@ from attention.mixer import (
 from attention.online import OnlineMeans
 from attention.ops.attend import KeySet, attend_union
 from attention.ops.codes import code_prefix, look_up, straight_through, vq_assign
+from attention.ops.norm import rms_norm
 from attention.ops.rotary import apply_rotary
 from attention.softmax import AttentionConfig
 from attention.spans import Blocks, with_earlier
@@ -149,8 +150,10 @@ class VQ(Mixer):
     def forward(self, x: Tensor, ctx: Context | None = None, state: CodeState | None = None) -> MixerOutput:
         """y [B, T, d] from x [B, T, d]; in training also the loss `commitment`. See `Mixer.forward`."""
         clock = read_clock(x, ctx, None if state is None else state.stream)
-        q = _normed(self._heads(self.query(x), self.head_dim))
-        k = _normed(self._heads(wide_linear(x, self.key.weight), self.head_dim))
+        # Products are those of a scale D^-1/2.
+        size = self.head_dim**-0.25
+        q = rms_norm(self._heads(self.query(x), self.head_dim), NORM_EPS, size)
+        k = rms_norm(self._heads(wide_linear(x, self.key.weight), self.head_dim), NORM_EPS, size)
         v = self._heads(self.value(x), self.value_dim)
         if self.gate is not None:
             v = F.silu(v)
@@ -182,8 +185,7 @@ class VQ(Mixer):
         content = (q + self.content_bias).to(v.dtype)
         sets, prefix = [], None
         if plan.near is not None:
-            near_q, near_k = self.with_features(q, content, k, clock, recent)
-            sets.append(KeySet(near_q, near_k, rows["v"], plan.near))
+            sets.append(KeySet(content, k, rows["v"], plan.near, columns=self.features_of(q, v.dtype, clock, recent)))
         if plan.far is not None:
             sets.append(KeySet(content, k, rows["v"], plan.far))
         if plan.old is not None:
@@ -203,17 +205,15 @@ class VQ(Mixer):
             state.go_on(new, prefix, clock, self.config.block)
         return attend_union(sets, time=clock.query_time, scale=1.0)[0]
 
-    def with_features(
-        self, q: Tensor, content: Tensor, k: Tensor, clock: Clock, recent: Clock
-    ) -> tuple[Tensor, Tensor]:
-        """Queries [B, H, T, D + 2F] and keys [B, G, R, D + 2F] whose products have the relative term.
+    def features_of(self, q: Tensor, dtype: torch.dtype, clock: Clock, recent: Clock) -> tuple[Tensor, Tensor]:
+        """Columns of queries [B, H, T, 2F] and of keys [B or 1, 1, R, 2F], in `dtype`, whose products are the relative
+        term.
 
         a . rho(j - i), with rho at j turned back by i, is a turned by i, times rho(j).
         """
-        of_distance = (q + self.position_bias).to(content.dtype) @ self.position_weight
+        of_distance = (q + self.position_bias).to(dtype) @ self.position_weight
         turned = apply_rotary(of_distance, clock.rotary(self.features, BASE))
-        place = torch.cat(recent.rotary(self.features, BASE), -1).to(k.dtype).expand(*k.shape[:2], -1, -1)
-        return torch.cat([content, turned.to(content.dtype)], -1), torch.cat([k, place], -1)
+        return turned.to(dtype), torch.cat(recent.rotary(self.features, BASE), -1).to(dtype)
 
     def plan(self, recent: Clock, limit: int | None, carried: bool) -> Plan:
         """Who lives when among these tokens and the codes that their blocks read; `carried`: they follow on a state."""
@@ -349,9 +349,3 @@ class CodeState(SpanState):
     def capacity(self) -> int:
         """Bytes allocated, padding included."""
         return super().capacity + sum(x.nbytes for x in self.folded)
-
-
-def _normed(x: Tensor) -> Tensor:
-    """Root mean square D^-1/4 over each head, in at least float32, so that products are those of a scale D^-1/2."""
-    x = x.to(floating(x))
-    return x * ((x.square().mean(-1, keepdim=True) + NORM_EPS).rsqrt() * x.shape[-1] ** -0.25)

@@ -56,11 +56,13 @@ def test_the_gradient_goes_straight_through() -> None:
 
 
 def test_sums_by_code() -> None:
-    code, x = torch.tensor([[0, 2, 2, 0, 2]]), drawn(1, 5, 3)
+    code, x = torch.tensor([[[0, 2, 2, 0, 2]], [[3, 3, 1, 3, 2]]], dtype=torch.int32), drawn(2, 1, 5, 3)
     number, total = code_sums(code, x, CODES)
-    assert number.tolist() == [[2, 0, 3, 0]]
-    expected = torch.stack([x[0, [0, 3]].sum(0), torch.zeros(3), x[0, [1, 2, 4]].sum(0), torch.zeros(3)])
-    torch.testing.assert_close(total[0], expected.double(), rtol=0, atol=1e-14)
+    assert number.tolist() == [[[2, 0, 3, 0]], [[0, 1, 1, 3]]]
+    for row in range(2):
+        for entry in range(CODES):
+            expected = x[row, 0, code[row, 0] == entry].sum(0)
+            torch.testing.assert_close(total[row, 0, entry], expected, rtol=0, atol=1e-14)
 
 
 # Prefix
