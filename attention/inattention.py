@@ -25,6 +25,7 @@ from torch import Tensor
 from attention.cache import LivingKeys
 from attention.clock import Clock, read_clock
 from attention.dense import Dense
+from attention.earlier import EarlierKeys, earlier
 from attention.lifetimes import Lifetimes
 from attention.mixer import Context, Cost, MixerOutput, floating, register, setting
 from attention.ops.attend import attend
@@ -80,7 +81,7 @@ class InAttention(Dense):
         x0 = _initial(x, ctx)
         w_q, w_kv = self.qkv.weight.split([self.heads * self.head_dim, 2 * self.kv_heads * self.head_dim])
         q = self._heads(F.linear(x, w_q))
-        life = clock.once(self.alike, lambda: self.lifetimes(clock))
+        life = clock.once(self.alike, lambda: self.lifetimes(clock.whole))
 
         absorb = isinstance(state, InitialStates) and self._absorbing_is_cheaper(x.shape[1])
         w_k, w_v = w_kv.view(2, self.kv_heads, self.head_dim, self.dim)
@@ -90,17 +91,24 @@ class InAttention(Dense):
             out = _per_key_head(self._meet_initial(_per_key_head(q, w_k), x0, life, clock), w_v.mT)
         else:
             k, v = map(self._heads, F.linear(x0, w_kv).chunk(2, -1))
-            out = self._meet_keys(q, k, v, life, clock, state)
+            past = state if isinstance(state, InitialStates) else earlier(state, clock, self.alike)
+            out = self._meet_keys(q, k, v, life, clock, past)
         return MixerOutput(self.merged(out), {})
 
     def _meet_keys(
-        self, q: Tensor, k: Tensor, v: Tensor, life: Lifetimes, clock: Clock, state: InitialStates | LivingKeys | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        life: Lifetimes,
+        clock: Clock,
+        state: InitialStates | LivingKeys | EarlierKeys | None,
     ) -> Tensor:
         """Outputs of the heads [B, H, T, D], from q [B, H, T, D] and k, v [B, G, T or N, D]."""
         if self.config.positions == "rotary":
             table = clock.rotary(self.head_dim, self.config.rotary)
             q, k = apply_rotary(q, table), apply_rotary(k, table)
-        if isinstance(state, LivingKeys):
+        if isinstance(state, LivingKeys | EarlierKeys):
             k, v, life = state.extend(k, v, life, clock)
             state.advance(clock)
         bias = self._bias(life, clock, floating(q))

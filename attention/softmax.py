@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from attention.cache import LivingKeys
 from attention.clock import Clock, read_clock
 from attention.divisors import nearest_divisors
+from attention.earlier import EarlierKeys, earlier
 from attention.lifetimes import FOREVER, Lifetimes, living_pairs
 from attention.mixer import (
     Context,
@@ -116,6 +117,7 @@ class ProjectedHeads(Mixer):
 class SoftmaxAttention(ProjectedHeads):
     """Softmax attention of one call whose keys have lifetimes; a subclass says who meets whom, in which order."""
 
+    sequence_parallel = "keys that outlive their shard"
     some_immortal: ClassVar[bool] = False
     """Some rows live to the end of their document and others do not: they are a generation of their own."""
 
@@ -128,10 +130,13 @@ class SoftmaxAttention(ProjectedHeads):
         """Time at which each token's row may be forgotten, were its document endless: int64, broadcast to [B, G, T]."""
 
     @abstractmethod
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, clock: Clock, state: LivingKeys | None) -> Tensor:
+    def mix(
+        self, q: Tensor, k: Tensor, v: Tensor, clock: Clock, state: LivingKeys | EarlierKeys | None
+    ) -> Tensor:
         """Outputs of the heads [B, H, T, D], from q [B, H, T, D] and k, v [B, G, T, D] of the new tokens.
 
-        With a state: adds the new rows to it, and meets those it holds.
+        With a state: adds the new rows to it, and meets those it holds. Of a shard its place is taken by the keys of
+        lower ranks, and lifetimes are those of the whole row.
         """
 
     @abstractmethod
@@ -148,7 +153,8 @@ class SoftmaxAttention(ProjectedHeads):
         """y [B, T, d] from x [B, T, d]; see `Mixer.forward`."""
         clock = read_clock(x, ctx, None if state is None else state.stream)
         q, k, v = self.project(x)
-        out = self.mix(self.turned(q, clock), self.turned(k, clock), v, clock, state)
+        past = earlier(state, clock, self.alike)
+        out = self.mix(self.turned(q, clock), self.turned(k, clock), v, clock, past)
         if state is not None:
             state.advance(clock)
         return MixerOutput(self.merged(out), {})
@@ -167,9 +173,11 @@ class SoftmaxAttention(ProjectedHeads):
 class TokenAttention(SoftmaxAttention):
     """Softmax attention in one call, over time: each key is alive from its own time to its death."""
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, clock: Clock, state: LivingKeys | None) -> Tensor:
+    def mix(
+        self, q: Tensor, k: Tensor, v: Tensor, clock: Clock, state: LivingKeys | EarlierKeys | None
+    ) -> Tensor:
         """See `SoftmaxAttention.mix`."""
-        life = clock.once(self.alike, lambda: self.lifetimes(clock))
+        life = clock.once(self.alike, lambda: self.lifetimes(clock.whole))
         if state is not None:
             k, v, life = state.extend(k, v, life, clock)
         return attend(q, k, v, life, time=clock.query_time)[0]

@@ -15,6 +15,7 @@ from torch import Tensor
 from attention.cache import LivingKeys
 from attention.clock import Clock
 from attention.divisors import divisors
+from attention.earlier import EarlierKeys
 from attention.lifetimes import FOREVER, Lifetimes, living_pairs
 from attention.mixer import Mixer, register, setting
 from attention.ops.attend import attend
@@ -109,9 +110,11 @@ class StridedSparse(Sparse):
         half, window = self.kv_heads // 2, clock.time[:, None] + self.config.block
         return torch.cat([x.expand(-1, half, -1) for x in (window, never)], 1)
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, clock: Clock, state: LivingKeys | None) -> Tensor:
+    def mix(
+        self, q: Tensor, k: Tensor, v: Tensor, clock: Clock, state: LivingKeys | EarlierKeys | None
+    ) -> Tensor:
         """See `SoftmaxAttention.mix`."""
-        life = clock.once(self.alike, lambda: self.lifetimes(clock))
+        life = clock.once(self.alike, lambda: self.lifetimes(clock.whole))
         if state is None:
             near, lanes = clock.once((self.alike, "sets"), lambda: self._sets(life, clock.starts[:, None]))
         else:

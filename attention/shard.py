@@ -1,0 +1,179 @@
+"""A sequence shard: the slice of a row's tokens that one of several processes has, and how rows of numbers cross.
+
+What came before a shard lies on the lower ranks. Mixers ask for the part of it that their queries can meet: keys that
+outlive their shard, states of scans, counts. Who needs what follows, on every rank alike, from the clock of the whole
+row or from scores that all ranks have; so nobody asks for sizes, and nothing crosses that nobody meets.
+
+Legend of shapes: B batch, G heads, n rows of a rank, N rows of all lower ranks, m places for those that come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from attention.lifetimes import FOREVER, Lifetimes
+
+
+class Shard(Protocol):
+    """Which slice of a row this process has; by `exchange` all processes of the row talk, all at the same time.
+
+    rank: of this process; lengths: tokens of each rank, in their order. A new object for each length will do, or one
+    for all steps.
+    """
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def lengths(self) -> tuple[int, ...]: ...
+    def exchange(self, rows: Tensor, send: Sequence[Tensor], receive: Sequence[int]) -> Tensor:
+        """Rows [n, w] to every rank, the ones numbered in `send` (int64, each at most once), and what they send here.
+
+        Returns [sum of receive, w], rank by rank; `receive` says how many come from each. Differentiable in rows: the
+        gradients travel back, and those of a row are summed in at least float32.
+        """
+
+
+def bounds(shard: Shard, rank: int) -> tuple[int, int]:
+    """The times of the first token of a rank, and of the one behind its last."""
+    ends = list(accumulate(shard.lengths))
+    return ends[rank] - shard.lengths[rank], ends[rank]
+
+
+def gather_tokens(shard: Shard, x: Tensor, dim: int) -> Tensor:
+    """x of the whole row, from each rank's x of its own tokens, which stand along `dim`. Differentiable."""
+    rows = x.movedim(dim, 0)
+    everything = torch.arange(len(rows), device=x.device)
+    ranks = len(shard.lengths)
+    whole = shard.exchange(rows.reshape(len(rows), -1), [everything] * ranks, shard.lengths)
+    return whole.view(-1, *rows.shape[1:]).movedim(0, dim)
+
+
+def to_higher(shard: Shard, parts: Sequence[Tensor]) -> Tensor:
+    """What each lower rank has for this one, [ranks below, ...], from what this one has for each rank, or, if it is one
+    tensor, for all; what it has for itself and those below stays here. All have one shape. Differentiable.
+    """
+    ranks = range(len(shard.lengths))
+    rows = torch.stack(list(parts))
+    number = torch.arange(len(shard.lengths), device=rows.device).clamp(max=len(rows) - 1)
+    send = [number[other : other + (other > shard.rank)] for other in ranks]
+    got = shard.exchange(rows.flatten(1), send, [int(other < shard.rank) for other in ranks])
+    return got.view(-1, *rows.shape[1:])
+
+
+@torch.no_grad()
+def mean_of_ranks(shard: Shard, x: Tensor) -> Tensor:
+    """The mean over all tokens of the row, from each rank's mean over its own. No gradient."""
+    everybody = [torch.zeros(1, dtype=torch.int64, device=x.device)] * len(shard.lengths)
+    means = shard.exchange(x.reshape(1, -1), everybody, [1] * len(shard.lengths))
+    weights = torch.tensor(shard.lengths, dtype=x.dtype, device=x.device) / sum(shard.lengths)
+    return (weights[:, None] * means).sum(0).view(x.shape)
+
+
+def tied(y: Tensor, received: Tensor) -> Tensor:
+    """y, unchanged, whose backward pass also goes back to what was received, with a gradient of 0.
+
+    A rank that has no use for it still has to take part in the way back.
+    """
+    return _Tied.apply(y, received)
+
+
+@dataclass(frozen=True, eq=False)
+class Travel:
+    """Which rows [B, G, n, w] of each rank go to which higher ones.
+
+    send, receive: see `Shard.exchange`; place int64: where each row that comes stands among B G m; index int64
+    [B or 1, G or 1, m]: its number among the N rows of all lower ranks, -1 for padding.
+    """
+
+    send: list[Tensor]
+    receive: list[int]
+    place: Tensor
+    index: Tensor
+
+    @staticmethod
+    def of(
+        shard: Shard,
+        batch: int,
+        heads: int,
+        needed: Callable[[int, int], Tensor],
+        *,
+        front: bool = False,
+    ) -> Travel:
+        """needed(source, target): which rows of one rank a higher one needs, bool [B or 1, G or 1, n of the source].
+
+        Rows of a list come in order of (rank, number); shorter lists are filled up behind, or in `front`.
+        """
+        rank, ranks = shard.rank, len(shard.lengths)
+
+        def everywhere(mask: Tensor) -> Tensor:
+            return mask.expand(batch, heads, -1)
+
+        masks = [needed(source, rank) for source in range(rank)]
+        send = [everywhere(needed(rank, other)).flatten().nonzero()[:, 0] for other in range(rank + 1, ranks)]
+        device = (masks[0] if masks else send[0]).device
+        nothing = torch.zeros(0, dtype=torch.int64, device=device)
+        lists = torch.broadcast_shapes(*(mask.shape[:2] for mask in masks)) if masks else (1, 1)
+        none = torch.zeros(*lists, 0, dtype=torch.bool, device=device)
+        here = torch.cat([none, *(mask.expand(*lists, -1) for mask in masks)], 2)
+        number = here.cumsum(2)
+        count = here.sum(2, keepdim=True)
+        most = int(count.max())
+        slot = number - 1 + (most - count if front else 0)
+        index = torch.full((*lists, most + 1), -1, dtype=torch.int64, device=device)
+        index = index.scatter_(2, torch.where(here, slot, most), torch.arange(here.shape[2], device=device).expand_as(here))
+        # Rows come rank by rank, and of each rank list by list.
+        list_number = torch.arange(batch * heads, device=device).view(batch, heads, 1)
+        places = everywhere(slot) + list_number * most
+        parts = places.split([mask.shape[2] for mask in masks], 2) if masks else []
+        place = [part[everywhere(mask)] for part, mask in zip(parts, masks, strict=True)]
+        receive = [len(one) for one in place] + [0] * (ranks - rank)
+        return Travel([nothing] * (rank + 1) + send, receive, torch.cat([nothing, *place]), index[..., :most])
+
+    @staticmethod
+    def of_living(shard: Shard, batch: int, heads: int, lives: Sequence[Lifetimes], *, front: bool = False) -> Travel:
+        """lives: of the rows of each rank. A key goes where it is alive."""
+
+        def needed(source: int, target: int) -> Tensor:
+            first, stop = bounds(shard, target)
+            birth, death = lives[source].birth, lives[source].death
+            return birth.clamp(min=first) < death.clamp(max=stop)
+
+        return Travel.of(shard, batch, heads, needed, front=front)
+
+    def bring(self, shard: Shard, rows: Tensor) -> Tensor:
+        """What the lower ranks send of their rows, [B, G, m, w]; padding is 0."""
+        batch, heads, _, width = rows.shape
+        got = shard.exchange(rows.flatten(0, 2), self.send, self.receive)
+        most = self.index.shape[2]
+        empty = got.new_zeros(batch * heads * most, width)
+        return empty.index_copy(0, self.place, got).view(batch, heads, most, width)
+
+    def take(self, values: Tensor, fill: int) -> Tensor:
+        """Of values [B or 1, G or 1, N] of the rows of all lower ranks those of the rows that came; padding: `fill`."""
+        lists = torch.broadcast_shapes(values.shape[:2], self.index.shape[:2])
+        index, values = self.index.expand(*lists, -1), values.expand(*lists, -1)
+        if values.shape[2] == 0:
+            return values
+        return values.gather(2, index.clamp(min=0)).masked_fill(index < 0, fill)
+
+    def living(self, life: Lifetimes) -> Lifetimes:
+        """Of lifetimes of the rows of all lower ranks those of the rows that came; padding is never alive."""
+        generation = None if life.generation is None else self.take(life.generation, 0)
+        return Lifetimes(self.take(life.birth, FOREVER), self.take(life.death, 0), generation)
+
+
+class _Tied(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, received: Tensor) -> Tensor:
+        ctx.save_for_backward(received)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, torch.zeros_like(ctx.saved_tensors[0])
