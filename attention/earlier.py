@@ -6,6 +6,8 @@ with their gradients, and nothing is stored.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor
 from attention.cache import LivingKeys
 from attention.clock import Clock
 from attention.lifetimes import FOREVER, Lifetimes
-from attention.shard import Travel
+from attention.shard import Shard, Travel, bounds
 
 
 class EarlierKeys:
@@ -60,11 +62,51 @@ class EarlierKeys:
         return self.clock.once((self.key, "travel", batch, heads), plan)
 
 
+class EarlierTokens:
+    """The last tokens of the lower ranks, as many as a rank needs, in the place of `attention.tail.Tail`."""
+
+    def __init__(self, clock: Clock, key: Any, needed: Callable[[Clock], int]) -> None:
+        """needed: how many tokens right before those of a clock."""
+        self.clock, self.key = clock, key
+        self.needed = lambda: [needed(clock.of_rank(rank)) for rank in range(len(_shard(clock).lengths))]
+
+    @property
+    def counts(self) -> list[int]:
+        """Of each rank how many tokens it needs."""
+        return self.clock.once((self.key, "needed"), self.needed)
+
+    @property
+    def size(self) -> int:
+        """How many tokens come."""
+        return self.counts[_shard(self.clock).rank]
+
+    def bring(self, rows: Tensor) -> Tensor:
+        """Rows [B, G, size, w] of the tokens that come, from those of the own tokens [B, G, T, w]. Differentiable."""
+        batch, heads = rows.shape[:2]
+        shard, counts = _shard(self.clock), self.counts
+
+        def needed(source: int, target: int) -> Tensor:
+            return (self.clock.of_rank(source).time >= bounds(shard, target)[0] - counts[target])[None]
+
+        plan = partial(Travel.of, shard, batch, heads, needed)
+        return self.clock.once((self.key, "tail", batch, heads), plan).bring(shard, rows)
+
+    def before(self, new: dict[str, Tensor], count: int) -> dict[str, Tensor]:
+        """The tokens that come, and the new ones behind them; `new`: of one type, [B, heads, T, width]."""
+        assert count == self.size
+        return {name: torch.cat([self.bring(x), x], 2) for name, x in new.items()}
+
+
 def earlier(state: Any, clock: Clock, key: Any) -> LivingKeys | EarlierKeys | None:
     """What the new tokens go on from: a state, or, of a shard, the lower ranks; None: nothing."""
     if state is not None or clock.shard is None:
         return state
     return EarlierKeys(clock, key)
+
+
+def _shard(clock: Clock) -> Shard:
+    assert clock.shard is not None
+    return clock.shard
 
 
 def slice_of(life: Lifetimes, here: slice) -> Lifetimes:

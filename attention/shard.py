@@ -55,13 +55,14 @@ def gather_tokens(shard: Shard, x: Tensor, dim: int) -> Tensor:
 
 
 def to_higher(shard: Shard, parts: Sequence[Tensor]) -> Tensor:
-    """What each lower rank has for this one, [ranks below, ...], from what this one has for each rank, or, if it is one
-    tensor, for all; what it has for itself and those below stays here. All have one shape. Differentiable.
+    """What each lower rank has for this one, [ranks below, ...], from what this one has for each higher rank, or, if it
+    is one tensor, for all of them; the last rank's stays here. All have one shape. Differentiable.
     """
     ranks = range(len(shard.lengths))
     rows = torch.stack(list(parts))
-    number = torch.arange(len(shard.lengths), device=rows.device).clamp(max=len(rows) - 1)
-    send = [number[other : other + (other > shard.rank)] for other in ranks]
+    number = torch.arange(len(rows), device=rows.device)
+    part = [min(max(other - shard.rank - 1, 0), len(rows) - 1) for other in ranks]
+    send = [number[part[other] : part[other] + (other > shard.rank)] for other in ranks]
     got = shard.exchange(rows.flatten(1), send, [int(other < shard.rank) for other in ranks])
     return got.view(-1, *rows.shape[1:])
 
