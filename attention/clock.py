@@ -38,7 +38,8 @@ class Clock:
 
     now: time of the first one; time [1, T] int64; position [B or 1, T] int64; end [B or 1, T] int64: when the
     token's document ends, FOREVER while unknown, None if no document ends within the row.
-    Of a sequence shard: `shard`, and `row`, the clock of all its ranks' tokens, which begin at time 0.
+    Of a sequence shard: `shard`; `row`, the clock of all its ranks' tokens, which begin at time 0; and which rank's
+    these tokens are.
     """
 
     now: int
@@ -48,6 +49,7 @@ class Clock:
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)
     shard: Shard | None = None
     row: Clock | None = None
+    shard_rank: int = 0
 
     @property
     def whole(self) -> Clock:
@@ -69,7 +71,7 @@ class Clock:
         here = slice(*bounds(shard, rank))
         end = None if self.end is None else self.end[:, here]
         memo = self.once(("shard", shard.lengths, rank), dict)
-        return Clock(here.start, self.time[:, here], self.position[:, here], end, memo, shard, self)
+        return Clock(here.start, self.time[:, here], self.position[:, here], end, memo, shard, self, rank)
 
     @staticmethod
     def plain(length: int, device: torch.device | None = None) -> Clock:

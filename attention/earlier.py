@@ -1,19 +1,19 @@
 """What lies on the lower ranks of a sequence shard, in the place of the states of `attention.cache` and its likes.
 
 The same calls as of a state: to the new tokens' keys come those of earlier ones. Here they come from other processes,
-with their gradients, and nothing is stored.
+with their gradients, and nothing is stored. `key` tells apart, in the memo of a clock, the mixers that ask for others.
+
+Legend of shapes: B batch, G key heads, T tokens of this rank, m keys that come from lower ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from attention.cache import LivingKeys
 from attention.clock import Clock
 from attention.lifetimes import FOREVER, Lifetimes
 from attention.shard import Shard, Travel, bounds
@@ -22,109 +22,108 @@ from attention.shard import Shard, Travel, bounds
 class EarlierKeys:
     """Keys of lower ranks that outlive their shard, in the place of `LivingKeys`.
 
-    key: what tells apart the mixers of other lifetimes.
+    lifetimes: of the keys that a rank makes, int32 [B or 1, G or 1, its number of them], from the clock of its tokens.
     """
 
     limit = None
 
-    def __init__(self, clock: Clock, key: Any) -> None:
-        self.clock, self.key = clock, key
+    def __init__(self, clock: Clock, key: Any, lifetimes: Callable[[Clock], Lifetimes]) -> None:
+        self.clock, self.key, self.lifetimes = clock, key, lifetimes
 
     def extend(self, k: Tensor, v: Tensor, life: Lifetimes, clock: Clock) -> tuple[Tensor, Tensor, Lifetimes]:
-        """k [B, G, T, D] and v of the new tokens, behind those that come, and their lifetimes; `life`: of the row."""
-        assert clock.shard is not None
-        batch, heads = k.shape[:2]
-        travel = self._travel(batch, heads, life)
-        came = travel.bring(clock.shard, torch.cat([k, v], -1)).split([k.shape[-1], v.shape[-1]], -1)
+        """With k [B, G, n, D] and v that this rank makes, and their lifetimes, behind them, all [B, G, m + n, ..] that
+        its queries may meet."""
+        travel = self.travel(*k.shape[:2])
+        came = travel.bring(shard_of(clock), torch.cat([k, v], -1)).split([k.shape[-1], v.shape[-1]], -1)
         k, v = (torch.cat(pair, 2) for pair in zip(came, (k, v), strict=True))
-        life = clock.once((self.key, "known"), lambda: known(travel, life, clock))
-        return k, v, life
+        return k, v, clock.once((self.key, "known", len(k)), lambda: self._known(travel, life))
 
     def starts(self, clock: Clock) -> Tensor:
-        """[B or 1, G or 1, N] of all keys, after `extend`: when the key's document began, FOREVER for padding."""
-        travel = self._travel(*self.sizes)
-        began = travel.take(clock.whole.starts[:, None, : clock.now], FOREVER)
-        return joined(began, clock.starts[:, None])
+        """[B or 1, G or 1, m + T] where keys are tokens, after `extend`: when the document of each began, FOREVER for
+        padding."""
+        began = self.met.take(clock.whole.starts[:, None, : clock.now], FOREVER)
+        return side_by_side([began, clock.starts[:, None]])
 
     def advance(self, clock: Clock) -> None:
         """Nothing is kept."""
 
-    def _travel(self, batch: int, heads: int, life: Lifetimes | None = None) -> Travel:
-        self.sizes = batch, heads
-        shard = self.clock.shard
-        assert shard is not None
+    def travel(self, batch: int, heads: int) -> Travel:
+        """Who goes where."""
+        shard = shard_of(self.clock)
+        lives = [self._lives(rank) for rank in range(len(shard.lengths))]
+        key = self.key, "travel", batch, heads
+        self.met = self.clock.once(key, lambda: Travel.of_living(shard, batch, heads, lives))
+        return self.met
 
-        def plan() -> Travel:
-            assert life is not None
-            lives = [slice_of(life, self.clock.of_rank(rank).mine) for rank in range(len(shard.lengths))]
-            return Travel.of_living(shard, batch, heads, lives)
+    def _lives(self, rank: int) -> Lifetimes:
+        there = self.clock.of_rank(rank)
+        return there.once(self.key, lambda: self.lifetimes(there))
 
-        return self.clock.once((self.key, "travel", batch, heads), plan)
+    def _known(self, travel: Travel, own: Lifetimes) -> Lifetimes:
+        lower = [self._lives(rank) for rank in range(shard_of(self.clock).rank)]
+
+        def known(name: str, fill: int) -> Tensor:
+            mine = getattr(own, name)
+            theirs = side_by_side([mine[..., :0], *(getattr(life, name) for life in lower)])
+            return side_by_side([travel.take(theirs, fill), mine])
+
+        generation = None if own.generation is None else known("generation", 0)
+        return Lifetimes(known("birth", FOREVER), known("death", 0), generation)
 
 
 class EarlierTokens:
-    """The last tokens of the lower ranks, as many as a rank needs, in the place of `attention.tail.Tail`."""
+    """The last tokens of the lower ranks, as many as a rank needs, in the place of `attention.tail.Tail`.
+
+    needed: how many tokens right before those of a clock.
+    """
 
     def __init__(self, clock: Clock, key: Any, needed: Callable[[Clock], int]) -> None:
-        """needed: how many tokens right before those of a clock."""
         self.clock, self.key = clock, key
-        self.needed = lambda: [needed(clock.of_rank(rank)) for rank in range(len(_shard(clock).lengths))]
-
-    @property
-    def counts(self) -> list[int]:
-        """Of each rank how many tokens it needs."""
-        return self.clock.once((self.key, "needed"), self.needed)
+        ranks = range(len(shard_of(clock).lengths))
+        self.counts = clock.once((key, "needed"), lambda: [needed(clock.of_rank(rank)) for rank in ranks])
 
     @property
     def size(self) -> int:
         """How many tokens come."""
-        return self.counts[_shard(self.clock).rank]
+        return self.counts[shard_of(self.clock).rank]
 
-    def bring(self, rows: Tensor) -> Tensor:
-        """Rows [B, G, size, w] of the tokens that come, from those of the own tokens [B, G, T, w]. Differentiable."""
+    def before(self, new: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tokens that come, and the new ones behind them: rows [B, heads, T, width]. Differentiable."""
+        alike: dict[Any, list[str]] = {}
+        for name, x in new.items():
+            alike.setdefault((x.dtype, x.shape[1]), []).append(name)
+        rows = {}
+        for names in alike.values():
+            own = torch.cat([new[name] for name in names], -1)
+            both = torch.cat([self._bring(own), own], 2)
+            rows |= zip(names, both.split([new[name].shape[-1] for name in names], -1), strict=True)
+        return rows
+
+    def _bring(self, rows: Tensor) -> Tensor:
         batch, heads = rows.shape[:2]
-        shard, counts = _shard(self.clock), self.counts
+        shard = shard_of(self.clock)
 
         def needed(source: int, target: int) -> Tensor:
-            return (self.clock.of_rank(source).time >= bounds(shard, target)[0] - counts[target])[None]
+            return (self.clock.of_rank(source).time >= bounds(shard, target)[0] - self.counts[target])[None]
 
-        plan = partial(Travel.of, shard, batch, heads, needed)
-        return self.clock.once((self.key, "tail", batch, heads), plan).bring(shard, rows)
-
-    def before(self, new: dict[str, Tensor], count: int) -> dict[str, Tensor]:
-        """The tokens that come, and the new ones behind them; `new`: of one type, [B, heads, T, width]."""
-        assert count == self.size
-        return {name: torch.cat([self.bring(x), x], 2) for name, x in new.items()}
+        key = self.key, "tail", batch, heads
+        return self.clock.once(key, lambda: Travel.of(shard, batch, heads, needed)).bring(shard, rows)
 
 
-def earlier(state: Any, clock: Clock, key: Any) -> LivingKeys | EarlierKeys | None:
-    """What the new tokens go on from: a state, or, of a shard, the lower ranks; None: nothing."""
+def earlier(state: Any, clock: Clock, key: Any, lifetimes: Callable[[Clock], Lifetimes]) -> Any:
+    """What the new tokens go on from: a state, or, of a shard, `EarlierKeys`; None: nothing."""
     if state is not None or clock.shard is None:
         return state
-    return EarlierKeys(clock, key)
+    return EarlierKeys(clock, key, lifetimes)
 
 
-def _shard(clock: Clock) -> Shard:
+def side_by_side(parts: Sequence[Tensor]) -> Tensor:
+    """[B or 1, G or 1, ..] each, in one [B or 1, G or 1, sum]."""
+    lists = torch.broadcast_shapes(*(part.shape[:2] for part in parts))
+    return torch.cat([part.expand(*lists, -1) for part in parts], 2)
+
+
+def shard_of(clock: Clock) -> Shard:
+    """The clock's shard, which there is."""
     assert clock.shard is not None
     return clock.shard
-
-
-def slice_of(life: Lifetimes, here: slice) -> Lifetimes:
-    """The lifetimes of some of the keys."""
-    generation = None if life.generation is None else life.generation[..., here]
-    return Lifetimes(life.birth[..., here], life.death[..., here], generation)
-
-
-def known(travel: Travel, life: Lifetimes, clock: Clock) -> Lifetimes:
-    """Lifetimes of the keys that come, and of the own behind them; `life`: of the tokens of the whole row."""
-    came, own = travel.living(slice_of(life, slice(0, clock.now))), slice_of(life, clock.mine)
-    generation = None
-    if came.generation is not None and own.generation is not None:
-        generation = joined(came.generation, own.generation)
-    return Lifetimes(joined(came.birth, own.birth), joined(came.death, own.death), generation)
-
-
-def joined(came: Tensor, own: Tensor) -> Tensor:
-    """[B or 1, G or 1, m] and [B or 1, G or 1, T] side by side."""
-    lists = torch.broadcast_shapes(came.shape[:2], own.shape[:2])
-    return torch.cat([came.expand(*lists, -1), own.expand(*lists, -1)], 2)

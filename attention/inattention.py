@@ -81,7 +81,7 @@ class InAttention(Dense):
         x0 = _initial(x, ctx)
         w_q, w_kv = self.qkv.weight.split([self.heads * self.head_dim, 2 * self.kv_heads * self.head_dim])
         q = self._heads(F.linear(x, w_q))
-        life = clock.once(self.alike, lambda: self.lifetimes(clock.whole))
+        life = clock.once(self.alike, lambda: self.lifetimes(clock))
 
         absorb = isinstance(state, InitialStates) and self._absorbing_is_cheaper(x.shape[1])
         w_k, w_v = w_kv.view(2, self.kv_heads, self.head_dim, self.dim)
@@ -91,7 +91,7 @@ class InAttention(Dense):
             out = _per_key_head(self._meet_initial(_per_key_head(q, w_k), x0, life, clock), w_v.mT)
         else:
             k, v = map(self._heads, F.linear(x0, w_kv).chunk(2, -1))
-            past = state if isinstance(state, InitialStates) else earlier(state, clock, self.alike)
+            past = state if isinstance(state, InitialStates) else earlier(state, clock, self.alike, self.lifetimes)
             out = self._meet_keys(q, k, v, life, clock, past)
         return MixerOutput(self.merged(out), {})
 

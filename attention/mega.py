@@ -173,7 +173,7 @@ class Mega(Mixer):
         update, shared, reset_gate = update.sigmoid(), F.silu(shared), F.silu(reset_gate)
         q = shared * self.query_gain + self.query_shift
         k = shared * self.key_gain + self.key_shift
-        past = earlier(state, clock, ("mega", *self.grid))
+        past = earlier(state, clock, ("mega", *self.grid), self.lifetimes)
         out = self.attend_in_chunks(q, k, F.silu(self.value(x)), clock, past)
         candidate = F.silu(candidate + self.output(reset_gate * out))
         if state is not None:
@@ -194,7 +194,7 @@ class Mega(Mixer):
         """o [B, T, E] from q, k [B, T, z] and v [B, T, E]; with a state, meets what it holds too, and adds to it."""
         q, k, v = (t[:, None].to(v.dtype) for t in (q, k, v))
         grid = self.grid
-        life = clock.once(("mega", *grid), lambda: self.lifetimes(clock.whole))
+        life = clock.once(("mega", *grid), lambda: self.lifetimes(clock))
         if state is None:
             table = clock.once(("mega table", *grid), lambda: self.table(clock.position[:, None]))
         else:

@@ -112,8 +112,8 @@ class MoH(SoftmaxAttention):
         w_q, w_kv = self.qkv.weight.split([self.heads * self.head_dim, 2 * self.kv_heads * self.head_dim])
         k, v = map(self._heads, F.linear(x, w_kv).chunk(2, -1))
         k = self.turned(k, clock)
-        life = clock.once(self.alike, lambda: self.lifetimes(clock.whole))
-        past = earlier(state, clock, self.alike)
+        life = clock.once(self.alike, lambda: self.lifetimes(clock))
+        past = earlier(state, clock, self.alike, self.lifetimes)
         if past is not None:
             k, v, life = past.extend(k, v, life, clock)
             past.advance(clock)

@@ -135,8 +135,7 @@ class SoftmaxAttention(ProjectedHeads):
     ) -> Tensor:
         """Outputs of the heads [B, H, T, D], from q [B, H, T, D] and k, v [B, G, T, D] of the new tokens.
 
-        With a state: adds the new rows to it, and meets those it holds. Of a shard its place is taken by the keys of
-        lower ranks, and lifetimes are those of the whole row.
+        With a state: adds the new rows to it, and meets those it holds. Of a shard, keys of lower ranks take its place.
         """
 
     @abstractmethod
@@ -153,7 +152,7 @@ class SoftmaxAttention(ProjectedHeads):
         """y [B, T, d] from x [B, T, d]; see `Mixer.forward`."""
         clock = read_clock(x, ctx, None if state is None else state.stream)
         q, k, v = self.project(x)
-        past = earlier(state, clock, self.alike)
+        past = earlier(state, clock, self.alike, self.lifetimes)
         out = self.mix(self.turned(q, clock), self.turned(k, clock), v, clock, past)
         if state is not None:
             state.advance(clock)
@@ -177,7 +176,7 @@ class TokenAttention(SoftmaxAttention):
         self, q: Tensor, k: Tensor, v: Tensor, clock: Clock, state: LivingKeys | EarlierKeys | None
     ) -> Tensor:
         """See `SoftmaxAttention.mix`."""
-        life = clock.once(self.alike, lambda: self.lifetimes(clock.whole))
+        life = clock.once(self.alike, lambda: self.lifetimes(clock))
         if state is not None:
             k, v, life = state.extend(k, v, life, clock)
         return attend(q, k, v, life, time=clock.query_time)[0]

@@ -114,7 +114,7 @@ class StridedSparse(Sparse):
         self, q: Tensor, k: Tensor, v: Tensor, clock: Clock, state: LivingKeys | EarlierKeys | None
     ) -> Tensor:
         """See `SoftmaxAttention.mix`."""
-        life = clock.once(self.alike, lambda: self.lifetimes(clock.whole))
+        life = clock.once(self.alike, lambda: self.lifetimes(clock))
         if state is None:
             near, lanes = clock.once((self.alike, "sets"), lambda: self._sets(life, clock.starts[:, None]))
         else:

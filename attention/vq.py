@@ -182,9 +182,8 @@ class VQ(Mixer):
         elif clock.shard is not None:
             tail = EarlierTokens(clock, self.alike, lambda there: int(self.kept(there).max()))
             carry = self.before_shard(code, v, clock)
-            rows = tail.before({"code": code[..., None], "both": torch.cat([k, v], -1)}, tail.size)
-            k, v = rows["both"].split([self.head_dim, self.value_dim], -1)
-            rows = {"code": rows["code"], "v": tied(v, carry[1])}
+            rows = tail.before({**new, "k": k})
+            k, rows["v"] = rows["k"], tied(rows["v"], carry[1])
         recent = with_earlier(clock, k.shape[2] - code.shape[2])
         carried = carry is not None
         plan = clock.once((self.alike, carried, limit), lambda: self.plan(recent, limit, carried))
