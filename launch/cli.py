@@ -219,9 +219,21 @@ def _train(arguments: argparse.Namespace) -> int:
     from lmtrain.config import load
     from lmtrain.setup import CHECKS
     from lmtrain.train import train
+    from parallel.agree import together
+    from parallel.world import join
 
-    config = load(arguments.config, arguments.overrides, checks=CHECKS)
-    return train(config, resume=arguments.resume, fresh=arguments.fresh, debug=arguments.debug)
+    with join() as world:
+        checks = CHECKS if world.is_first else ()
+        try:
+            config = together(
+                world, lambda: load(arguments.config, arguments.overrides, checks=checks, ranks=world.size)
+            )
+            how = {"resume": arguments.resume, "fresh": arguments.fresh, "debug": arguments.debug}
+            return train(config, **how, world=world)
+        except ValueError:
+            if world.is_first:
+                raise
+            return USER_ERROR  # the first one says why
 
 
 def _eval(arguments: argparse.Namespace) -> int:

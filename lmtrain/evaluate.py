@@ -3,6 +3,9 @@
 Whatever the protocol, every target is scored exactly once: all tokens but the first of the stream (of each
 document, if documents are isolated), since there is no start token to predict it from. Losses are nats,
 summed in float64. B windows of one batch are scored at once, S targets of each: its last ones.
+
+Several ranks share the batches of windows and tell each other the losses: each then adds up all of them, in the order
+of one process, so the number is the same. All make equally many forward passes, whoever has no batch left repeats one.
 """
 
 import dataclasses
@@ -21,6 +24,7 @@ from lmtrain.evaluation import Bucket, Evaluation, Leak, Protocol, format_result
 from lmtrain.loss import token_losses
 from lmtrain.model import DecoderLM, ModelState
 from lmtrain.prefixes import Sample, Shapes
+from parallel.world import ALONE, World
 
 __all__ = ["Evaluation", "EvaluationStopped", "evaluate", "evaluate_carried", "format_result", "write_result"]
 
@@ -50,12 +54,14 @@ def evaluate(
     autocast: Autocast = nullcontext,
     should_stop: ShouldStop | None = None,
     watch: Watch = lambda what, done, total: None,
+    world: World = ALONE,
 ) -> Evaluation:
     """Scores the split in windows of at most `context` tokens that end every `stride` (`data.windows`).
 
     documents: `concatenate`, or `reset`: no window crosses the border of a document. max_tokens: only the
     first so many targets. batch_tokens: of one forward pass, at most (but one window at least); it changes
-    no number. should_stop: asked between batches; EvaluationStopped if it says yes. watch: told of each batch.
+    no number. should_stop: asked between batches; EvaluationStopped if it says yes. watch: told of each batch. world:
+    the ranks that share the work; all call this.
 
     The single pass of a model that selects ahead is no code length: such a model is scored prefix by prefix, at about
     `prefixes` sampled targets (`lmtrain.prefixes`; None: as many as cost little). ValueError if nothing can be scored
@@ -68,7 +74,9 @@ def evaluate(
     scoring = "one-pass" if strict else "prefix-wise"
     protocol = _protocol(model, dataset, documents, spans, scoring=scoring, context=context, stride=stride)
     shapes = Shapes(_windows(spans, context, stride))
-    score = partial(_score, model, dataset, batch_tokens=batch_tokens, should_stop=should_stop, watch=watch)
+    score = partial(
+        _score, model, dataset, batch_tokens=batch_tokens, should_stop=should_stop, watch=watch, world=world
+    )
     tally, sample = Tally(dataset), None if strict else Sample(shapes, shapes.allot(prefixes))
     with _evaluating(model), autocast():
         for scored in score(_windows(spans, context, stride), what="one pass", tokens=shapes.tokens):
@@ -198,31 +206,59 @@ def _score(
     batch_tokens: int,
     should_stop: ShouldStop | None,
     watch: Watch,
+    world: World,
     what: str,
     tokens: int,
 ) -> Iterator[Scored]:
     """Scores windows in their order; neighbours of equal shape make a batch. They hold so many `tokens` in all."""
     done = 0
     watch(what, done, tokens)
+    batches = _batches(to_score, batch_tokens)
+    while at_once := list(itertools.islice(batches, world.size)):
+        _poll(should_stop)
+        for scored in _score_shared(model, dataset, at_once, world):
+            yield scored
+            done += sum(window.end - window.start for window in scored.windows)
+            watch(what, done, tokens)
+
+
+def _batches(to_score: Iterable[Window], batch_tokens: int) -> Iterator[list[Window]]:
     for shape, alike in itertools.groupby(to_score, lambda w: (w.end - w.start, w.end - w.first_scored)):
         while batch := list(itertools.islice(alike, max(1, batch_tokens // shape[0]))):
-            _poll(should_stop)
-            yield _score_batch(model, dataset, batch)
-            done += len(batch) * shape[0]
-            watch(what, done, tokens)
+            yield batch
+
+
+def _score_shared(model: DecoderLM, dataset: TokenDataset, batches: list[list[Window]], world: World) -> list[Scored]:
+    """A batch for each rank, or fewer; every rank gets the losses of all of them."""
+    mine = min(world.rank, len(batches) - 1)
+    own = _score_batch(model, dataset, batches[mine])
+    if world.size == 1:
+        return [own]
+    targets = [_rows(dataset, batch)[1] for batch in batches]
+    losses = [torch.zeros(each.shape, dtype=torch.float64, device=world.device) for each in targets]
+    if mine == world.rank:  # else it repeats what another rank tells
+        losses[mine].copy_(torch.from_numpy(own.losses))
+    world.sum_(losses)
+    return [Scored(batch, each, told.cpu().numpy()) for batch, each, told in zip(batches, targets, losses, strict=True)]
 
 
 def _score_batch(
     model: DecoderLM, dataset: TokenDataset, batch: list[Window], state: ModelState | None = None
 ) -> Scored:
     """One forward pass over windows of equal shape; only the positions to be scored go through the head."""
-    rows = np.stack([dataset.tokens[w.start : w.end + 1] for w in batch])
-    skipped = batch[0].first_scored - batch[0].start - 1
+    rows, scored = _rows(dataset, batch)
     tokens = torch.from_numpy(rows.astype(np.int64)).to(model.head_weight.device)
-    hidden_BSD = model.hidden(tokens[:, :-1], state=state).y[:, skipped:]
-    targets = tokens[:, skipped + 1 :].flatten()
+    num_targets = scored.shape[1]
+    hidden_BSD = model.hidden(tokens[:, :-1], state=state).y[:, -num_targets:]
+    targets = tokens[:, -num_targets:].flatten()
     losses = token_losses(hidden_BSD.flatten(0, 1), model.head_weight, targets).view(len(batch), -1)
-    return Scored(batch, rows[:, skipped + 1 :], losses.cpu().numpy().astype(np.float64))
+    return Scored(batch, scored, losses.cpu().numpy().astype(np.float64))
+
+
+def _rows(dataset: TokenDataset, batch: list[Window]) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens of windows of equal shape, each with the target of its last one; and those of them to be scored."""
+    rows = np.stack([dataset.tokens[w.start : w.end + 1] for w in batch])
+    return rows, rows[:, batch[0].first_scored - batch[0].start :]
 
 
 def _spans(model: DecoderLM, dataset: TokenDataset, documents: str, max_tokens: int | None) -> Spans:

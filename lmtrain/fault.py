@@ -4,8 +4,12 @@
     save:before=POINT      SIGKILL before a save's `commit`, `latest` or `retention`
     step=N:grad=nan        the gradients of optimizer step N become NaN
     step=N:kill            SIGKILL before the update of optimizer step N
+    step=N:stall           SIGSTOP there: the process stands still
+    step=N:raise           RuntimeError there
+    step=N:term            SIGTERM there
 
-Unset, as in every real run, each hook is one look at the environment and returns.
+of all ranks, or with `:rank=R` behind it of one. Unset, as in every real run, each hook is one look at the environment
+and returns.
 """
 
 import os
@@ -16,18 +20,24 @@ from functools import cache
 from typing import Any, NoReturn
 
 VARIABLE = "LMTRAIN_FAULT"
-_GRAMMAR = re.compile(r"save:bytes=[0-9]+|save:before=(?:commit|latest|retention)|step=[0-9]+:(?:grad=nan|kill)")
+_GRAMMAR = re.compile(
+    r"(?P<what>save:bytes=[0-9]+|save:before=(?:commit|latest|retention)|step=[0-9]+:(?:grad=nan|kill|stall|raise|term))"
+    r"(?::rank=(?P<rank>[0-9]+))?"
+)
 _checkpoint_bytes = 0  # counted only while a `save:bytes` fault is set
 
 
 @cache
-def parse(text: str) -> frozenset[str]:
-    """The faults of a value of `LMTRAIN_FAULT`; ValueError for one that is none."""
-    faults = frozenset(part.strip() for part in text.split(",") if part.strip())
-    for fault in sorted(faults):
-        if not _GRAMMAR.fullmatch(fault):
-            raise ValueError(f"{VARIABLE}: {fault!r} is no fault; see the head of lmtrain/fault.py")
-    return faults
+def parse(text: str, rank: str = "0") -> frozenset[str]:
+    """The faults of a value of `LMTRAIN_FAULT` that are those of `rank`; ValueError for one that is none."""
+    faults = set()
+    for part in filter(None, map(str.strip, text.split(","))):
+        fault = _GRAMMAR.fullmatch(part)
+        if not fault:
+            raise ValueError(f"{VARIABLE}: {part!r} is no fault; see the head of lmtrain/fault.py")
+        if fault["rank"] in (None, rank):
+            faults.add(fault["what"])
+    return frozenset(faults)
 
 
 def before_write(descriptor: int, data: memoryview) -> None:
@@ -53,6 +63,12 @@ def before_update(step: int, parameters: Iterable[Any]) -> None:
     faults = _faults()
     if f"step={step}:kill" in faults:
         _die()
+    if f"step={step}:stall" in faults:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if f"step={step}:raise" in faults:
+        raise RuntimeError(f"raised on purpose at step {step}")
+    if f"step={step}:term" in faults:
+        os.kill(os.getpid(), signal.SIGTERM)
     if f"step={step}:grad=nan" in faults:
         for parameter in parameters:
             if parameter.grad is not None:
@@ -61,7 +77,7 @@ def before_update(step: int, parameters: Iterable[Any]) -> None:
 
 def _faults() -> frozenset[str]:
     text = os.environ.get(VARIABLE)
-    return parse(text) if text else frozenset()
+    return parse(text, os.environ.get("RANK", "0")) if text else frozenset()
 
 
 def _die() -> NoReturn:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import sys
 import time
@@ -11,11 +12,18 @@ from datetime import timedelta
 from typing import Any, TextIO
 
 
+class Nowhere(io.TextIOBase):
+    """Where those speak whom nobody is to hear."""
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+
 class Progress:
     """Writes to `stream`; `keep` is called with every line that is not merely live."""
 
-    def __init__(self, stream: TextIO | None = None, keep: Callable[[str], None] = lambda line: None) -> None:
-        self.stream = sys.stderr if stream is None else stream
+    def __init__(self, stream: TextIO | Nowhere | None = None, keep: Callable[[str], None] = lambda line: None) -> None:
+        self.stream: Any = sys.stderr if stream is None else stream
         self.live = self.stream.isatty()
         self.keep = keep
         self._shown = 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,11 +16,14 @@ from lmtrain.config import Config, OptimizerConfig, differences, reload
 from lmtrain.config.problems import Problem
 from lmtrain.model import DecoderLM
 from lmtrain.optimizer import build_optimizer
-from parallel.engine import TorchEngine
+from parallel.engine import Engine, TorchEngine
+from parallel.world import ALONE, World
 
-FREE_TO_CHANGE = ("run.dir", "data.path", "data.cache", "train.threads", "log", "eval", "checkpoint")
-"""Settings that a run may be resumed with at another value: what is learnt does not depend on them (that the data
-are the same is checked by their fingerprint)."""
+FREE_TO_CHANGE = (
+    "run.dir", "data.path", "data.cache", "train.threads", "train.micro_batch", "log", "eval", "checkpoint", "parallel",
+)  # fmt: skip
+"""Settings that a run may be resumed with at another value: what is learnt does not depend on them, but for rounding
+(that the data are the same is checked by their fingerprint)."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,8 @@ def build_model(config: Config, device: torch.device) -> DecoderLM:
     return model
 
 
-def build_engine(config: Config, model: DecoderLM, device: torch.device) -> TorchEngine:
-    """The engine that trains `model`."""
+def build_engine(config: Config, model: DecoderLM, device: torch.device, world: World = ALONE) -> Engine:
+    """The engine that trains `model`, together with those of the other ranks."""
     return TorchEngine(
         model,
         build_optimizer(model, config.optimizer),
@@ -88,6 +90,7 @@ def build_engine(config: Config, model: DecoderLM, device: torch.device) -> Torc
         dtype=config.train.dtype,
         clip=config.train.clip,
         compile=config.train.compile,
+        world=world,
     )
 
 
@@ -143,15 +146,6 @@ def check_device(config: Config) -> list[Problem]:
     return [Problem("", "train.dtype", message)]
 
 
-def check_world(config: Config) -> list[Problem]:
-    """Whether a launcher started several processes: each would train the whole model by itself."""
-    ranks = os.environ.get("WORLD_SIZE", "1")
-    if ranks == "1":
-        return []
-    message = f"this version trains in one process, and WORLD_SIZE is {ranks}; start it without a launcher"
-    return [Problem("", "parallel.engine", message)]
-
-
 def check_disk(config: Config) -> list[Problem]:
     """Whether the checkpoints fit on the disk of run.dir."""
     if config.model.vocab_size is None:
@@ -177,7 +171,7 @@ def check_run_folder(config: Config) -> list[Problem]:
     ]
 
 
-CHECKS = (check_data, check_device, check_world, check_run_folder, check_disk)
+CHECKS = (check_data, check_device, check_run_folder, check_disk)
 """All that is checked before training, beside the configuration itself."""
 
 

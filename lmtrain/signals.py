@@ -1,4 +1,7 @@
-"""SIGTERM and Ctrl-C ask a run to stop: saved at the next step boundary. A second signal stops it at once."""
+"""SIGTERM and Ctrl-C ask a run to stop: saved at the next step boundary. A second signal stops it at once.
+
+Of several ranks it does not matter which one is asked, or whether all are.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,18 @@ import signal
 from types import FrameType
 from typing import Any
 
+from parallel.world import ALONE, World
+
 
 class StopRequest:
-    """While entered, remembers the first SIGTERM or SIGINT in `reason`; the second has its usual effect."""
+    """While entered, remembers the first SIGTERM or SIGINT; the second has its usual effect."""
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-    def __init__(self) -> None:
-        self.reason: str | None = None
+    def __init__(self, world: World = ALONE) -> None:
+        self.world = world
+        self._received = 0  # by this process
+        self._agreed = 0  # by any rank, as of the last time they asked
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -26,12 +33,19 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def asked(self) -> bool:
+        """Whether any rank was asked to stop. All ranks ask this together, and get the same answer."""
+        self._agreed = self.world.largest(self._received)
+        return self._agreed != 0
+
+    @property
+    def reason(self) -> str:
+        """The signal by name, once `asked` said yes."""
+        return signal.Signals(self._agreed).name if self._agreed else ""
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.reason is None:
-            self.reason = signal.Signals(number).name
+        if not self._received:
+            self._received = number
             return
         signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
         os.kill(os.getpid(), number)
-
-    def __bool__(self) -> bool:
-        return self.reason is not None

@@ -2,6 +2,8 @@
 
 At a step boundary the order is: row, evaluation, checkpoint. So whatever is older than a checkpoint is on the disk
 when it is, and what is newer is cut from metrics.jsonl when the run resumes from it.
+
+Several ranks do all of it together, each with rows of its own; the first one writes and prints.
 """
 
 from __future__ import annotations
@@ -23,8 +25,10 @@ from lmtrain.board import Board
 from lmtrain.config import Config
 from lmtrain.evaluate import Evaluation, EvaluationStopped, evaluate, evaluate_carried
 from lmtrain.hardware import peak_flops, peak_memory
-from lmtrain.progress import Pace, Progress, Stopwatch, step_line
-from lmtrain.run import RunDirectory
+from lmtrain.progress import Nowhere, Pace, Progress, Stopwatch, step_line
+from lmtrain.resume import choose
+from lmtrain.run import RunDirectory, RunFolder
+from lmtrain.saving import Saver
 from lmtrain.schedule import learning_rate
 from lmtrain.setup import (
     FREE_TO_CHANGE,
@@ -38,87 +42,112 @@ from lmtrain.setup import (
 )
 from lmtrain.signals import StopRequest
 from lmtrain.streams import Streams
+from parallel.agree import by_first, first_before_others, together
 from parallel.engine import StepInfo
+from parallel.world import ALONE, World
 
 DONE, GAVE_UP, STOPPED = 0, 4, 75
 """Exit codes of a training run; a last checkpoint that could not be written is a crash, 1."""
 
 
-def train(config: Config, *, resume: Path | None = None, fresh: bool = False, debug: bool = False) -> int:
+def train(
+    config: Config, *, resume: Path | None = None, fresh: bool = False, debug: bool = False, world: World = ALONE
+) -> int:
     """Train as `config` says, from the newest checkpoint of run.dir, from `resume`, or from the beginning.
 
     resume: a checkpoint to start a new run from (a fork), or the newest one of run.dir itself. fresh: if run.dir
     holds damaged checkpoints only, begin again beside them. debug: FloatingPointError where a forward pass makes a
-    number that is not finite, instead of a skipped update. Returns the exit code; ValueError is the user's.
+    number that is not finite, instead of a skipped update. world: the ranks that train together; all call this.
+    Returns the exit code, the same on all; ValueError, raised on all, is the user's.
     """
-    with StopRequest() as stop, RunDirectory.open(run_folder(config)) as run:
-        try:
-            return Training(config, run, stop, debug).go(resume, fresh)
-        except ValueError:
-            run.set_status("failed", step=run.status.step, reason="see log.txt")
-            raise
-        except BaseException as error:
-            run.set_status("failed", step=run.status.step, reason=f"{type(error).__name__}: {error}")
-            raise
+    with StopRequest(world) as stop:
+        with open_folder(config, world) as run:
+            try:
+                code = Training(config, run, stop, debug, world).go(resume, fresh)
+            except ValueError:
+                run.set_status("failed", step=run.status.step, reason="see log.txt")
+                raise
+            except BaseException as error:
+                run.set_status("failed", step=run.status.step, reason=f"{type(error).__name__}: {error}")
+                raise
+        world.barrier()  # a launcher ends whoever is at work when the first process leaves
+    return code
+
+
+def open_folder(config: Config, world: World) -> RunFolder:
+    """The run's folder, which the first rank writes."""
+    folder = run_folder(config)
+    return together(world, lambda: RunDirectory.open(folder) if world.is_first else RunFolder(folder.absolute()))
 
 
 class Training:
-    """One process's work on a run: the parts, the counters, and what happens at each step boundary."""
+    """One rank's work on a run: the parts, the counters, and what happens at each step boundary."""
 
-    def __init__(self, config: Config, run: RunDirectory, stop: StopRequest, debug: bool = False) -> None:
+    def __init__(
+        self, config: Config, run: RunFolder, stop: StopRequest, debug: bool = False, world: World = ALONE
+    ) -> None:
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
         self.run = run
         self.stop = stop
         self.debug = debug
-        self.progress = Progress(keep=run.log)
+        self.world = world
+        self.progress = Progress(None if world.is_first else Nowhere(), keep=run.log)
         self.device = pick_device()
-        self.data: Data = build_data(config)
+        self.data: Data = first_before_others(world, lambda: build_data(config))
         self.config = config = with_vocabulary(config, self.data.tokenizer)
         self.model = build_model(config, self.device)
-        self.engine = build_engine(config, self.model, self.device)
-        self.loader = make_loader(config, self.data.train)
-        self.streams = Streams(self.model, config.micro_batch(), config.carry) if config.data.stream else None
+        self.engine = build_engine(config, self.model, self.device, world)
+        self.loader = make_loader(config, self.data.train, world)
+        micro_batch = config.micro_batch(world.data_size)
+        self.streams = Streams(self.model, micro_batch, config.carry, world) if config.data.stream else None
         self.step = self.samples = self.tokens = self.skipped = self.skips_in_a_row = 0
-        self.saved_step = -1
+        self.saver = Saver(run, world, keep=config.checkpoint.keep, background=False, complain=self._complain)
         self.parent: str | None = None
         self.seconds = Stopwatch()
         sequences = config.batch_sequences
         self.step_flops = 3 * self.model.cost(config.data.seq_len).flops * sequences
-        self.peak_flops = peak_flops(self.device, config.train.dtype)
+        peak = peak_flops(self.device, config.train.dtype)
+        self.peak_flops = None if peak is None else peak * world.size
         self.board: Board | None = None
 
     def go(self, resume: Path | None, fresh: bool) -> int:
         """Resume or begin, train, and say how it ended."""
         start = self._restore(resume, fresh)
-        if not (self.run.path / "config.yaml").exists():
+        if self.world.is_first and not (self.run.path / "config.yaml").exists():
             configuration.save(self.config, self.run.path / "config.yaml")
         if self.step >= self.config.train.steps:
             return self._already_done()
         self._introduce(start)
-        self.board = Board(self.run.tensorboard, self._complain, self.config.log.tensorboard, purge_step=self.step + 1)
+        wanted = self.config.log.tensorboard and self.world.is_first
+        self.board = Board(self.run.tensorboard, self._complain, wanted, purge_step=self.step + 1)
         try:
-            return self._train()
-        except EvaluationStopped:
-            return self._stopped()
+            with self.saver:
+                return self._train()
         finally:
             self.board.close()
 
     def _train(self) -> int:
         with closing(self.loader.batches(self.samples)) as steps:
             while self.step < self.config.train.steps:
-                if self.stop:
+                self.saver.report()
+                if self.stop.asked():
                     return self._stopped()
                 info = self._one_step(next(steps))
                 if self.skips_in_a_row >= self.config.train.max_skips:
                     return self._give_up(info)
-                self._after_step()
+                try:
+                    self._after_step()
+                except EvaluationStopped:
+                    return self._stopped()
         return self._finish()
 
     def _one_step(self, batches: list[Batch]) -> StepInfo:
         """Forward and backward over the micro-batches, one update, counters, and its row if it is logged."""
         with self.seconds:
-            scored = sum(int((batch.labels >= 0).sum()) for batch in batches)
+            scored, crc = self._over_ranks(
+                sum(int((batch.labels >= 0).sum()) for batch in batches), sum(batch.crc for batch in batches)
+            )
             statistics: dict[Any, Any] | None = {} if self._is_logged(self.step + 1) else None
             for micro, batch in enumerate(batches):
                 ctx = Context(
@@ -127,7 +156,8 @@ class Training:
                     statistics=statistics if micro == len(batches) - 1 else None,
                     debug=self.debug,
                 )
-                seed = _seed(self.config.run.seed, self.step, micro)
+                number = micro * self.world.data_size + self.world.data_rank  # in the step, whoever reads it
+                seed = _seed(self.config.run.seed, self.step, number, self.world.sequence_rank)
                 state = None if self.streams is None else self.streams.at(micro, batch.begins)
                 self.engine.backward(self.engine.forward_loss(batch.tokens, batch.labels, ctx, scored, seed, state))
             fault.before_update(self.step + 1, self.model.parameters())
@@ -142,8 +172,14 @@ class Training:
             if self.streams is not None:
                 self.streams.drop()
             self.run.event("skip", step=self.step, loss=info.loss, grad_norm=info.grad_norm)
-        self._log(info, sum(batch.crc for batch in batches) % 2**32, mixers)
+        self._log(info, crc % 2**32, mixers)
         return info
+
+    def _over_ranks(self, *numbers: int) -> list[int]:
+        """The sum of each number over the ranks."""
+        told = torch.tensor(numbers, device=self.world.device)
+        self.world.sum_([told])
+        return told.tolist()
 
     def _is_logged(self, step: int) -> bool:
         """Whether this step has a row whatever happens in it; a skipped one has one, too."""
@@ -224,15 +260,16 @@ class Training:
             "max_tokens": config.eval.tokens,
             "documents": config.data.documents,
             "autocast": self.engine.autocast,
-            "should_stop": lambda: bool(self.stop),
+            "should_stop": self.stop.asked,
         }
         text = self.data.validation
         if config.data.stream and config.eval.context is None:
             return evaluate_carried(self.model, text, seq_len=config.data.seq_len, carry=config.carry, **how)
-        return evaluate(self.model, text, context=config.eval_context, stride=config.eval_stride, **how)
+        return evaluate(
+            self.model, text, context=config.eval_context, stride=config.eval_stride, world=self.world, **how
+        )
 
-    def _save(self) -> bool:
-        """Write a checkpoint; if the disk refuses, say so and go on: the next one is tried at its time."""
+    def _save(self) -> None:
         state = {
             "step": self.step,
             "samples": self.samples,
@@ -248,62 +285,23 @@ class Training:
         if self.streams is not None:
             state["streams"], tensors["streams"] = self.streams.snapshot()
             state["rows"] = self.config.batch_sequences
-        try:
-            path = checkpoint.save(
-                self.run.checkpoints,
-                self.step,
-                tensors,
-                state,
-                config=configuration.fingerprint(self.config, FREE_TO_CHANGE),
-                dataset=self.data.train.fingerprint,
-            )
-        except checkpoint.CheckpointError as error:
-            self.run.event("save failed", step=self.step, reason=str(error))
-            self._complain(f"no checkpoint at step {self.step}: {error}")
-            return False
-        self.saved_step = self.step
-        self.run.event("save", step=self.step, path=path.name)
-        self.run.set_status("running", step=self.step, checkpoint=path)
-        try:
-            checkpoint.retain(self.run.checkpoints, self.config.checkpoint.keep)
-        except OSError as error:
-            self._complain(f"old checkpoints could not be removed: {error}")
-        return True
+        settings = configuration.fingerprint(self.config, FREE_TO_CHANGE)
+        self.saver.save(self.step, tensors, state, config=settings, dataset=self.data.train.fingerprint)
 
     def _restore(self, resume: Path | None, fresh: bool) -> str:
         """Load the checkpoint to go on from, and say where that is; ValueError if the one asked for will not do."""
-        newest, rejected = checkpoint.newest(self.run.checkpoints)
-        for path, reason in rejected:
-            self.run.event("damaged", path=path.name, reason=reason)
-            self._complain(f"checkpoint {path.name} is damaged and is not used: {reason}")
-        if resume is not None:
-            return self._restore_from(resume.expanduser(), newest)
-        if newest is None and rejected and not fresh:
-            raise ValueError(
-                f"no checkpoint of {self.run.path} can be used; to begin again from step 0 beside them: --fresh"
-            )
-        if newest is None:
+        path, own = by_first(self.world, lambda: choose(self.run, resume, fresh, self._complain))
+        if path is None:
             self.run.truncate_metrics(0)
             return "from the beginning"
-        self._load(checkpoint.load(newest))
-        self.saved_step = self.step
-        return f"resumed at step {self.step} from {newest.name}"
-
-    def _restore_from(self, resume: Path, newest: Path | None) -> str:
-        loaded = checkpoint.load(resume)
-        own = resume.resolve().parent == self.run.checkpoints.resolve()
-        if newest is not None and not (own and resume.resolve() == newest.resolve()):
-            raise ValueError(
-                f"--resume {resume}: {self.run.path} already has {newest.name}; to start another run from a "
-                "checkpoint choose a new run.dir"
-            )
-        self._load(loaded)
+        loaded = together(self.world, lambda: checkpoint.load(Path(path)))
+        together(self.world, lambda: self._load(loaded))
         if own:
-            self.saved_step = self.step
-        else:
-            self.parent = str(resume)
-            self.run.event("fork", parent=self.parent, step=self.step)
-        return f"{'resumed' if own else 'forked'} at step {self.step} from {resume}"
+            self.saver.saved_step = self.step
+            return f"resumed at step {self.step} from {loaded.path.name}"
+        self.parent = path
+        self.run.event("fork", parent=path, step=self.step)
+        return f"forked at step {self.step} from {path}"
 
     def _load(self, loaded: checkpoint.Checkpoint) -> None:
         state = loaded.state
@@ -359,23 +357,28 @@ class Training:
 
     def _finish(self) -> int:
         folder = self.run.path
-        if self.saved_step != self.step:
-            self.run.set_status("failed", step=self.step, reason="the last checkpoint could not be written")
-            return 1
+        if not self.saver.has_saved(self.step):
+            return self._not_saved()
         self.run.set_status("done", step=self.step)
         self.progress.note(f"done: {folder}/checkpoints/step-{self.step}; next: lmtrain eval {folder}")
         return DONE
 
     def _stopped(self) -> int:
-        if self.saved_step != self.step and not self._save():
-            self.run.set_status("failed", step=self.step, reason="the last checkpoint could not be written")
-            return 1
-        reason = self.stop.reason or ""
+        if not self.saver.has_saved(self.step):
+            self._save()
+        if not self.saver.has_saved(self.step):
+            return self._not_saved()
+        reason = self.stop.reason
         self.run.set_status("stopped", step=self.step, reason=reason)
         self.progress.note(f"stopped by {reason} at step {self.step}, saved; the same command goes on from here")
         return STOPPED
 
+    def _not_saved(self) -> int:
+        self.run.set_status("failed", step=self.step, reason="the last checkpoint could not be written")
+        return 1
+
     def _give_up(self, info: StepInfo) -> int:
+        self.saver.settle()
         reason = (
             f"{self.skips_in_a_row} updates in a row were not finite (loss {info.loss}, gradient norm "
             f"{info.grad_norm}) and were skipped; try a lower optimizer.lr or another run.seed"
@@ -393,16 +396,18 @@ class Training:
         self.progress.note(f"warning: {line}")
 
 
-def make_loader(config: Config, dataset: TokenDataset) -> Loader:
-    """The batches of `dataset` in the order that run.seed gives them."""
+def make_loader(config: Config, dataset: TokenDataset, world: World = ALONE) -> Loader:
+    """This rank's batches of `dataset` in the order that run.seed gives them."""
     return Loader(
         dataset,
         seq_len=config.data.seq_len,
         batch_sequences=config.batch_sequences,
-        micro_batch=config.micro_batch(),
+        micro_batch=config.micro_batch(world.data_size),
         seed=config.run.seed,
         documents=config.data.documents,
         stream=config.data.stream,
+        rank=world.data_rank,
+        world=world.data_size,
     )
 
 
@@ -415,6 +420,7 @@ def _to(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor | Non
     return None if tensor is None else tensor.to(device)
 
 
-def _seed(seed: int, step: int, micro: int) -> int:
-    """Dropout's seed, from (seed, step, micro-batch) alone: no random state has to survive a restart."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{step}/{micro}".encode(), digest_size=8).digest()) >> 1
+def _seed(*where: int) -> int:
+    """Dropout's seed, from (seed, step, micro-batch in the step, slice of its tokens) alone: no random state has to
+    survive a restart, and a micro-batch has the same dropout whichever rank reads it."""
+    return int.from_bytes(hashlib.blake2b("/".join(map(str, where)).encode(), digest_size=8).digest()) >> 1

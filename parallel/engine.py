@@ -1,7 +1,8 @@
 """The engine: how one optimizer step is computed. The trainer above it never touches gradients.
 
 An engine works on any model with `loss(tokens, labels, ctx, state) -> (sum of nats, count, auxiliary losses)`,
-`pending()` and `after_step(skipped)`, and any optimizer with `step(lr)`, `zero_grad()`, `state()` and `load_state(...)`.
+`pending()` and `after_step(skipped)`, and any optimizer with `step(lr)`, `zero_grad()`, `state()` and
+`load_state(...)`.
 """
 
 from __future__ import annotations
@@ -60,8 +61,8 @@ class Optimizer(Protocol):
 class Engine(Protocol):
     """How a step is computed, whatever the number of processes.
 
-    All ranks call every method, in the same order: each may wait for the others. A step is, on each rank, `forward_loss`
-    and `backward` for each of its micro-batches, as many on all ranks, then `step`.
+    All ranks call every method, in the same order: each may wait for the others. A step is, on each rank,
+    `forward_loss` and `backward` for each of its micro-batches, as many on all ranks, then `step`.
     """
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -85,7 +86,7 @@ class Engine(Protocol):
         """
 
     def load_state(self, state: dict[str, dict[str, Tensor]]) -> None:
-        """Take over what `state` returned; each rank is given the whole. ValueError, on all ranks, if it does not fit."""
+        """Take over what `state` returned; each rank is given the whole. ValueError, on all, if it does not fit."""
 
     def close(self) -> None:
         """Release what the engine holds beside model and optimizer."""

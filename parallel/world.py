@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -94,9 +94,28 @@ class World:
         dist.all_gather(told, filled)
         return [json.loads(bytes(each.tolist())) for each in told]
 
+    def to_first(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Those of all ranks on the first one, where each rank has names of its own; elsewhere just `tensors`."""
+        collected = dict(tensors)
+        forms = self.gather([(name, str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in tensors.items()])
+        for rank in range(1, self.size):
+            for name, dtype, shape in forms[rank]:
+                if self.is_first:
+                    collected[name] = torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
+                    _bytes_of(collected[name], dist.recv, rank)
+                elif self.rank == rank:
+                    _bytes_of(tensors[name].to(self.device).contiguous(), dist.send, 0)
+        return collected
+
     def barrier(self) -> None:
         """Returns when every rank has come here."""
         self.largest(0)
+
+
+def _bytes_of(tensor: Tensor, send_or_receive: Callable[[Tensor, int], Any], rank: int) -> None:
+    """As bytes, for not every dtype travels."""
+    if tensor.numel():
+        send_or_receive(tensor.reshape(-1).view(torch.uint8), rank)
 
 
 def _messages(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
@@ -105,7 +124,8 @@ def _messages(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     for tensor in tensors:
         alike.setdefault(tensor.dtype, []).append(tensor)
     for some in alike.values():
-        message, size = [], 0
+        message: list[Tensor] = []
+        size = 0
         for tensor in some:
             if message and size + tensor.nbytes > MESSAGE_BYTES:
                 yield message

@@ -27,6 +27,7 @@ from torch import Tensor
 from lmtrain import fault
 from lmtrain.checkpoint.manifest import STATE, FileEntry, Manifest, checked, read_manifest, verify, write_manifest
 from lmtrain.checkpoint.shelf import check_space, clean, newest, retain
+from lmtrain.checkpoint.tensorfile import copied as _copied
 from lmtrain.checkpoint.tensorfile import file_bytes, read_tensors, write_tensors
 from lmtrain.files import HashingWriter, replace_bytes, sync_folder, token
 
@@ -36,6 +37,7 @@ __all__ = [
     "bytes_needed",
     "check_space",
     "clean",
+    "copied",
     "load",
     "newest",
     "retain",
@@ -76,6 +78,11 @@ class Checkpoint:
 def bytes_needed(tensors: Groups) -> int:
     """Bytes that a checkpoint of these groups takes on the disk, with a margin for what is not tensors."""
     return sum(file_bytes(group) for group in tensors.values()) + _MARGIN
+
+
+def copied(tensors: Groups) -> dict[str, dict[str, Tensor]]:
+    """The groups in CPU memory of their own, for a thread to write while training goes on."""
+    return {group: _copied(members) for group, members in tensors.items()}
 
 
 def save(

@@ -37,6 +37,21 @@ DTYPES = {
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
+def memory_of(tensor: Tensor) -> tuple[object, ...]:
+    """The same for tensors that share all their memory. The storage itself, not its address: on the meta device all
+    addresses are 0."""
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors in CPU memory of their own; those that share all their memory share that of one copy."""
+    copies: dict[tuple[object, ...], Tensor] = {}
+    for tensor in tensors.values():
+        if (memory := memory_of(tensor)) not in copies:
+            copies[memory] = tensor.detach().to("cpu", copy=True)
+    return {name: copies[memory_of(tensor)] for name, tensor in tensors.items()}
+
+
 def file_bytes(tensors: Mapping[str, Tensor]) -> int:
     """Size in bytes of the file that `write_tensors` would write."""
     header, stored = _layout(tensors)
@@ -74,9 +89,7 @@ def _layout(tensors: Mapping[str, Tensor]) -> tuple[bytes, list[Tensor]]:
     stored: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         assert name != "__metadata__", "a name the format reserves"
-        # The storage itself, not its address: on the meta device all addresses are 0.
-        storage = (tensor.untyped_storage()._cdata, tensor.storage_offset())
-        memory = (*storage, tensor.dtype, tensor.shape, tensor.stride())
+        memory = memory_of(tensor)
         if tensor.numel() and memory in first:
             tied[name] = first[memory]
         else:

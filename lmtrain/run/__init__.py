@@ -9,7 +9,7 @@
     checkpoints/  eval/  tensorboard/
     lock               who is at work, see `lmtrain.run.lock`
 
-One process writes; `read_metrics` and `read_status` need no lock.
+One process writes; the others of a run have a `RunFolder`. `read_metrics` and `read_status` need no lock.
 """
 
 import json
@@ -19,7 +19,7 @@ import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 from lmtrain.checkpoint import shelf
 from lmtrain.files import TEMPORARY, replace_bytes
@@ -60,12 +60,49 @@ def read_metrics(path: Path) -> list[Row]:
     return read_rows(Path(path) / "metrics.jsonl")
 
 
-class RunDirectory:
+class RunFolder:
+    """A run's folder for a process that only reads it: what it is told to write, another one writes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.status = Status("running")
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def evaluations(self) -> Path:
+        return self.path / "eval"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    def set_status(self, state: State, *, step: int, checkpoint: Path | str | None = None, reason: str = "") -> None:
+        """See `RunDirectory`, as for all below."""
+
+    def log_metrics(self, row: Row) -> None: ...
+    def event(self, kind: str, **details: Any) -> None: ...
+    def log(self, line: str) -> None: ...
+    def truncate_metrics(self, step: int) -> int:
+        return 0
+
+    def close(self) -> None: ...
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class RunDirectory(RunFolder):
     """A run's folder, locked by this process from `open` to `close`."""
 
     def __init__(self, path: Path, lock: Lock) -> None:
         """`open` is the way in; `lock` is held already."""
-        self.path = path
+        super().__init__(path)
         self._lock = lock
         self.status = replace(read_status(path) or Status("running"), state="running", reason="")
         self._write_status()  # before any other file: it marks the folder as a run's
@@ -98,18 +135,6 @@ class RunDirectory:
             raise ValueError(f"run.dir {path}: cannot be written: {error.strerror or error}") from error
         except ValueError as error:
             raise ValueError(f"run.dir {path}: {error}") from None
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def evaluations(self) -> Path:
-        return self.path / "eval"
-
-    @property
-    def tensorboard(self) -> Path:
-        return self.path / "tensorboard"
 
     def set_status(self, state: State, *, step: int, checkpoint: Path | str | None = None, reason: str = "") -> None:
         """Replaces the status, after making the rows so far durable; without `checkpoint` the last one stays.
@@ -154,12 +179,6 @@ class RunDirectory:
             stack.callback(self._lock.release)
             for file in (self._log, self._events, self._metrics):
                 stack.callback(file.close)
-
-    def __enter__(self) -> "RunDirectory":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _start(self) -> "RunDirectory":
         for path in self.path.iterdir():

@@ -78,15 +78,6 @@ def test_each_mistake_in_words(
     assert not (tmp_path / "run").exists()
 
 
-def test_several_processes_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(["train", str(tiny.write(tmp_path)), *tiny.settings(tmp_path)]) == 2
-    assert "WORLD_SIZE is 2" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
-
-
 def test_an_empty_text_and_a_folder_that_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tiny.write(tmp_path)
     (tmp_path / "empty.txt").write_bytes(b"")

@@ -93,9 +93,9 @@ def test_a_resumed_board_purges_what_was_beyond(tmp_path: Path) -> None:
 def test_the_first_signal_is_remembered_and_the_second_has_its_usual_effect() -> None:
     before = signal.getsignal(signal.SIGINT)
     with StopRequest() as stop:
-        assert not stop
+        assert not stop.asked()
         os.kill(os.getpid(), signal.SIGINT)
-        assert stop
+        assert stop.asked()
         assert stop.reason == "SIGINT"
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)

@@ -1,0 +1,41 @@
+"""Where a run goes on from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from lmtrain import checkpoint
+from lmtrain.run import RunFolder
+
+
+def choose(
+    run: RunFolder, resume: Path | None, fresh: bool, complain: Callable[[str], None]
+) -> tuple[str | None, bool]:
+    """The checkpoint to go on from, None for the beginning; and whether it is one of this run.
+
+    resume: the one that was asked for; else it is the newest of the run that verifies, and each newer one is named
+    aloud. fresh: whether to begin again if all are damaged. ValueError if the one asked for will not do, or none is
+    left.
+    """
+    newest, rejected = checkpoint.newest(run.checkpoints)
+    for path, reason in rejected:
+        run.event("damaged", path=path.name, reason=reason)
+        complain(f"checkpoint {path.name} is damaged and is not used: {reason}")
+    if resume is not None:
+        return _asked(run, resume.expanduser(), newest)
+    if newest is None and rejected and not fresh:
+        raise ValueError(f"no checkpoint of {run.path} can be used; to begin again from step 0 beside them: --fresh")
+    return None if newest is None else str(newest), True
+
+
+def _asked(run: RunFolder, resume: Path, newest: Path | None) -> tuple[str, bool]:
+    if problems := checkpoint.verify(resume):
+        raise ValueError(f"checkpoint {resume}: {'; '.join(problems)}")
+    own = resume.resolve().parent == run.checkpoints.resolve()
+    if newest is not None and not (own and resume.resolve() == newest.resolve()):
+        raise ValueError(
+            f"--resume {resume}: {run.path} already has {newest.name}; to start another run from a checkpoint choose a "
+            "new run.dir"
+        )
+    return str(resume), own
