@@ -16,7 +16,7 @@ from torch import Tensor
 
 from attention.clock import Clock
 from attention.lifetimes import FOREVER, Lifetimes
-from attention.shard import Shard, Travel, bounds
+from attention.shard import Shard, Travel, bounds, common_lists
 
 
 class EarlierKeys:
@@ -33,7 +33,7 @@ class EarlierKeys:
     def extend(self, k: Tensor, v: Tensor, life: Lifetimes, clock: Clock) -> tuple[Tensor, Tensor, Lifetimes]:
         """With k [B, G, n, D] and v that this rank makes, and their lifetimes, behind them, all [B, G, m + n, ..] that
         its queries may meet."""
-        travel = self.travel(*k.shape[:2])
+        travel = self.travel(k)
         came = travel.bring(shard_of(clock), torch.cat([k, v], -1)).split([k.shape[-1], v.shape[-1]], -1)
         k, v = (torch.cat(pair, 2) for pair in zip(came, (k, v), strict=True))
         return k, v, clock.once((self.key, "known", len(k)), lambda: self._known(travel, life))
@@ -47,12 +47,11 @@ class EarlierKeys:
     def advance(self, clock: Clock) -> None:
         """Nothing is kept."""
 
-    def travel(self, batch: int, heads: int) -> Travel:
-        """Who goes where."""
+    def travel(self, k: Tensor) -> Travel:
+        """Which keys go where; k: those of this rank."""
         shard = shard_of(self.clock)
         lives = [self._lives(rank) for rank in range(len(shard.lengths))]
-        key = self.key, "travel", batch, heads
-        self.met = self.clock.once(key, lambda: Travel.of_living(shard, batch, heads, lives))
+        self.met = self.clock.once((self.key, "travel", *k.shape[:2]), lambda: Travel.of_living(shard, k, lives))
         return self.met
 
     def _lives(self, rank: int) -> Lifetimes:
@@ -100,14 +99,13 @@ class EarlierTokens:
         return rows
 
     def _bring(self, rows: Tensor) -> Tensor:
-        batch, heads = rows.shape[:2]
         shard = shard_of(self.clock)
 
         def needed(source: int, target: int) -> Tensor:
             return (self.clock.of_rank(source).time >= bounds(shard, target)[0] - self.counts[target])[None]
 
-        key = self.key, "tail", batch, heads
-        return self.clock.once(key, lambda: Travel.of(shard, batch, heads, needed)).bring(shard, rows)
+        key = self.key, "tail", *rows.shape[:2]
+        return self.clock.once(key, lambda: Travel.of(shard, rows, needed)).bring(shard, rows)
 
 
 def earlier(state: Any, clock: Clock, key: Any, lifetimes: Callable[[Clock], Lifetimes]) -> Any:
@@ -119,7 +117,7 @@ def earlier(state: Any, clock: Clock, key: Any, lifetimes: Callable[[Clock], Lif
 
 def side_by_side(parts: Sequence[Tensor]) -> Tensor:
     """[B or 1, G or 1, ..] each, in one [B or 1, G or 1, sum]."""
-    lists = torch.broadcast_shapes(*(part.shape[:2] for part in parts))
+    lists = common_lists(parts)
     return torch.cat([part.expand(*lists, -1) for part in parts], 2)
 
 

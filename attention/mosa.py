@@ -349,7 +349,7 @@ class EarlierChoice:
         parts = [slice(*bounds(shard, rank)) for rank in range(len(shard.lengths))]
         lives = [Lifetimes(row.birth[..., here], row.death[..., here]) for here in parts]
         lives[shard.rank] = life
-        travel = Travel.of_living(shard, *k.shape[:2], lives)
+        travel = Travel.of_living(shard, k, lives)
         own = torch.cat([k, v], -1)
         k, v = torch.cat([travel.bring(shard, own), own], 2).chunk(2, -1)
         before = slice(0, clock.now)

@@ -224,7 +224,7 @@ class TokenChoice(Routing):
         def needed(source: int, target: int) -> Tensor:
             return met_by(row, *bounds(shard, target))[..., slice(*bounds(shard, source))]
 
-        travel = Travel.of(shard, *shared.shape[:2], needed)
+        travel = Travel.of(shard, shared, needed)
         own = torch.cat([shared, v], -1)
         k, v = torch.cat([travel.bring(shard, own), own], 2).chunk(2, -1)
         cluster = torch.cat([travel.take(clusters[..., : clock.now], 0), cluster], 2)

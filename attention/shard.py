@@ -99,27 +99,23 @@ class Travel:
 
     @staticmethod
     def of(
-        shard: Shard,
-        batch: int,
-        heads: int,
-        needed: Callable[[int, int], Tensor],
-        *,
-        front: bool = False,
+        shard: Shard, rows: Tensor, needed: Callable[[int, int], Tensor], *, front: bool = False
     ) -> Travel:
-        """needed(source, target): which rows of one rank a higher one needs, bool [B or 1, G or 1, n of the source].
+        """rows: those of this rank [B, G, n, w], or any others of their B, G and device. needed(source, target): which
+        rows of one rank a higher one needs, bool [B or 1, G or 1, n of the source].
 
         Rows of a list come in order of (rank, number); shorter lists are filled up behind, or in `front`.
         """
-        rank, ranks = shard.rank, len(shard.lengths)
+        rank, ranks, device = shard.rank, len(shard.lengths), rows.device
+        batch, heads = rows.shape[:2]
 
         def everywhere(mask: Tensor) -> Tensor:
             return mask.expand(batch, heads, -1)
 
         masks = [needed(source, rank) for source in range(rank)]
         send = [everywhere(needed(rank, other)).flatten().nonzero()[:, 0] for other in range(rank + 1, ranks)]
-        device = (masks[0] if masks else send[0]).device
         nothing = torch.zeros(0, dtype=torch.int64, device=device)
-        lists = torch.broadcast_shapes(*(mask.shape[:2] for mask in masks)) if masks else (1, 1)
+        lists = common_lists(masks)
         none = torch.zeros(*lists, 0, dtype=torch.bool, device=device)
         here = torch.cat([none, *(mask.expand(*lists, -1) for mask in masks)], 2)
         number = here.cumsum(2)
@@ -137,15 +133,15 @@ class Travel:
         return Travel([nothing] * (rank + 1) + send, receive, torch.cat([nothing, *place]), index[..., :most])
 
     @staticmethod
-    def of_living(shard: Shard, batch: int, heads: int, lives: Sequence[Lifetimes], *, front: bool = False) -> Travel:
-        """lives: of the rows of each rank. A key goes where it is alive."""
+    def of_living(shard: Shard, rows: Tensor, lives: Sequence[Lifetimes], *, front: bool = False) -> Travel:
+        """rows, front: as of `of`; lives: of the rows of each rank. A key goes where it is alive."""
 
         def needed(source: int, target: int) -> Tensor:
             first, stop = bounds(shard, target)
             birth, death = lives[source].birth, lives[source].death
             return birth.clamp(min=first) < death.clamp(max=stop)
 
-        return Travel.of(shard, batch, heads, needed, front=front)
+        return Travel.of(shard, rows, needed, front=front)
 
     def bring(self, shard: Shard, rows: Tensor) -> Tensor:
         """What the lower ranks send of their rows, [B, G, m, w]; padding is 0."""
@@ -157,7 +153,7 @@ class Travel:
 
     def take(self, values: Tensor, fill: int) -> Tensor:
         """Of values [B or 1, G or 1, N] of the rows of all lower ranks those of the rows that came; padding: `fill`."""
-        lists = torch.broadcast_shapes(values.shape[:2], self.index.shape[:2])
+        lists = common_lists([values, self.index])
         index, values = self.index.expand(*lists, -1), values.expand(*lists, -1)
         if values.shape[2] == 0:
             return values
@@ -167,6 +163,11 @@ class Travel:
         """Of lifetimes of the rows of all lower ranks those of the rows that came; padding is never alive."""
         generation = None if life.generation is None else self.take(life.generation, 0)
         return Lifetimes(self.take(life.birth, FOREVER), self.take(life.death, 0), generation)
+
+
+def common_lists(parts: Sequence[Tensor]) -> tuple[int, int]:
+    """What tensors [B or 1, G or 1, ..] broadcast to. (That of torch imports sympy, which takes seconds.)"""
+    return max((part.shape[0] for part in parts), default=1), max((part.shape[1] for part in parts), default=1)
 
 
 class _Tied(torch.autograd.Function):

@@ -127,7 +127,7 @@ class Sparsek(ProjectedHeads):
         # A token is met by its window, and then as long as it is selected: until it leaves.
         time, parts = row.time[:, None], [slice(*bounds(shard, rank)) for rank in range(len(shard.lengths))]
         lives = [Lifetimes(_int32(time[..., here]), _int32(death[..., here])) for here in parts]
-        travel = Travel.of_living(shard, *own.k.shape[:2], lives, front=True)
+        travel = Travel.of_living(shard, own.k, lives, front=True)
         came = travel.bring(shard, torch.cat([own.k, own.v], -1)).chunk(2, -1)
         k, v = (torch.cat(pair, 2) for pair in zip(came, (own.k, own.v), strict=True))
 
