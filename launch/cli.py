@@ -216,24 +216,10 @@ def _lengths(text: str) -> list[int]:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from lmtrain.config import load
-    from lmtrain.setup import CHECKS
-    from lmtrain.train import train
-    from parallel.agree import together
-    from parallel.world import join
+    from lmtrain.start import start
 
-    with join() as world:
-        checks = CHECKS if world.is_first else ()
-        try:
-            config = together(
-                world, lambda: load(arguments.config, arguments.overrides, checks=checks, ranks=world.size)
-            )
-            how = {"resume": arguments.resume, "fresh": arguments.fresh, "debug": arguments.debug}
-            return train(config, **how, world=world)
-        except ValueError:
-            if world.is_first:
-                raise
-            return USER_ERROR  # the first one says why
+    how = {"resume": arguments.resume, "fresh": arguments.fresh, "debug": arguments.debug}
+    return start(arguments.config, arguments.overrides, **how)
 
 
 def _eval(arguments: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lmtrain import checkpoint
+from lmtrain.config import Config
 from lmtrain.run import RunFolder
 
 
@@ -39,3 +40,25 @@ def _asked(run: RunFolder, resume: Path, newest: Path | None) -> tuple[str, bool
             "new run.dir"
         )
     return str(resume), own
+
+
+def refuse_others(loaded: checkpoint.Checkpoint, config: Config, fingerprint: str, ranks: int) -> None:
+    """ValueError if the checkpoint is of other data than `fingerprint` says, or has streams that are cut otherwise."""
+    state = loaded.state
+    expected = {"data": fingerprint, "data.seq_len": config.data.seq_len}
+    found = {"data": state["fingerprint"], "data.seq_len": state["seq_len"]}
+    changed = [f"{key} was {found[key]}, now {expected[key]}" for key in expected if found[key] != expected[key]]
+    if changed:
+        raise ValueError(f"checkpoint {loaded.path} belongs to other data: {'; '.join(changed)}")
+    if not (config.data.stream and "streams" in state):
+        return
+    if (rows := state["rows"]) != config.batch_sequences:
+        raise ValueError(
+            f"checkpoint {loaded.path} has {rows} streams; train.batch_tokens / data.seq_len makes "
+            f"{config.batch_sequences} of them"
+        )
+    if (micro := state["micro_batch"]) != config.micro_batch(ranks):
+        raise ValueError(
+            f"checkpoint {loaded.path} has its streams in micro-batches of {micro}, here they have "
+            f"{config.micro_batch(ranks)}: set train.micro_batch={micro}"
+        )

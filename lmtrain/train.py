@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+import sys
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from lmtrain.config import Config
 from lmtrain.evaluate import Evaluation, EvaluationStopped, evaluate, evaluate_carried
 from lmtrain.hardware import peak_flops, peak_memory
 from lmtrain.progress import Nowhere, Pace, Progress, Stopwatch, step_line
-from lmtrain.resume import choose
+from lmtrain.resume import choose, refuse_others
 from lmtrain.run import RunDirectory, RunFolder
 from lmtrain.saving import Saver
 from lmtrain.schedule import learning_rate
@@ -42,8 +44,9 @@ from lmtrain.setup import (
 )
 from lmtrain.signals import StopRequest
 from lmtrain.streams import Streams
-from parallel.agree import by_first, first_before_others, together
+from parallel.agree import AgreedError, by_first, first_before_others, together
 from parallel.engine import StepInfo
+from parallel.watchdog import Watchdog
 from parallel.world import ALONE, World
 
 DONE, GAVE_UP, STOPPED = 0, 4, 75
@@ -51,27 +54,34 @@ DONE, GAVE_UP, STOPPED = 0, 4, 75
 
 
 def train(
-    config: Config, *, resume: Path | None = None, fresh: bool = False, debug: bool = False, world: World = ALONE
+    config: Config,
+    *,
+    resume: Path | None = None,
+    fresh: bool = False,
+    debug: bool = False,
+    world: World = ALONE,
+    watchdog: Watchdog | None = None,
 ) -> int:
     """Train as `config` says, from the newest checkpoint of run.dir, from `resume`, or from the beginning.
 
     resume: a checkpoint to start a new run from (a fork), or the newest one of run.dir itself. fresh: if run.dir
     holds damaged checkpoints only, begin again beside them. debug: FloatingPointError where a forward pass makes a
-    number that is not finite, instead of a skipped update. world: the ranks that train together; all call this.
-    Returns the exit code, the same on all; ValueError, raised on all, is the user's.
+    number that is not finite, instead of a skipped update. world: the ranks that train together, all of which call
+    this; watchdog: of this one. Returns the exit code, the same on all; ValueError is the user's.
     """
-    with StopRequest(world) as stop:
-        with open_folder(config, world) as run:
-            try:
-                code = Training(config, run, stop, debug, world).go(resume, fresh)
-            except ValueError:
-                run.set_status("failed", step=run.status.step, reason="see log.txt")
-                raise
-            except BaseException as error:
-                run.set_status("failed", step=run.status.step, reason=f"{type(error).__name__}: {error}")
-                raise
-        world.barrier()  # a launcher ends whoever is at work when the first process leaves
-    return code
+    watchdog = watchdog or Watchdog(ALONE, config.parallel.timeout)
+    with StopRequest(world) as stop, open_folder(config, world) as run:
+        watchdog.on_failure = run.fail
+        try:
+            return Training(config, run, stop, debug, world, watchdog.at).go(resume, fresh)
+        except AgreedError as error:
+            run.fail(str(error))
+            raise
+        except BaseException as error:
+            reason = watchdog.fail(f"{type(error).__name__}: {error}")
+            if world.size > 1:
+                print(f"rank {world.rank} ends: {reason}", file=sys.stderr, flush=True)
+            raise
 
 
 def open_folder(config: Config, world: World) -> RunFolder:
@@ -84,14 +94,22 @@ class Training:
     """One rank's work on a run: the parts, the counters, and what happens at each step boundary."""
 
     def __init__(
-        self, config: Config, run: RunFolder, stop: StopRequest, debug: bool = False, world: World = ALONE
+        self,
+        config: Config,
+        run: RunFolder,
+        stop: StopRequest,
+        debug: bool = False,
+        world: World = ALONE,
+        at: Callable[[str], None] = lambda place: None,
     ) -> None:
+        """at: told how far this rank has come, before whatever may take long."""
         if config.train.threads:
             torch.set_num_threads(config.train.threads)
         self.run = run
         self.stop = stop
         self.debug = debug
         self.world = world
+        self.at = at
         self.progress = Progress(None if world.is_first else Nowhere(), keep=run.log)
         self.device = pick_device()
         self.data: Data = first_before_others(world, lambda: build_data(config))
@@ -102,7 +120,9 @@ class Training:
         micro_batch = config.micro_batch(world.data_size)
         self.streams = Streams(self.model, micro_batch, config.carry, world) if config.data.stream else None
         self.step = self.samples = self.tokens = self.skipped = self.skips_in_a_row = 0
-        self.saver = Saver(run, world, keep=config.checkpoint.keep, background=False, complain=self._complain)
+        background = config.checkpoint.asynchronous
+        background = self.device.type == "cuda" if background is None else background
+        self.saver = Saver(run, world, keep=config.checkpoint.keep, background=background, complain=self._complain)
         self.parent: str | None = None
         self.seconds = Stopwatch()
         sequences = config.batch_sequences
@@ -145,6 +165,7 @@ class Training:
     def _one_step(self, batches: list[Batch]) -> StepInfo:
         """Forward and backward over the micro-batches, one update, counters, and its row if it is logged."""
         with self.seconds:
+            self.at(f"step {self.step + 1}, its beginning")
             scored, crc = self._over_ranks(
                 sum(int((batch.labels >= 0).sum()) for batch in batches), sum(batch.crc for batch in batches)
             )
@@ -156,10 +177,12 @@ class Training:
                     statistics=statistics if micro == len(batches) - 1 else None,
                     debug=self.debug,
                 )
+                self.at(f"step {self.step + 1}, micro-batch {micro + 1} of {len(batches)}")
                 number = micro * self.world.data_size + self.world.data_rank  # in the step, whoever reads it
                 seed = _seed(self.config.run.seed, self.step, number, self.world.sequence_rank)
                 state = None if self.streams is None else self.streams.at(micro, batch.begins)
                 self.engine.backward(self.engine.forward_loss(batch.tokens, batch.labels, ctx, scored, seed, state))
+            self.at(f"step {self.step + 1}, the update")
             fault.before_update(self.step + 1, self.model.parameters())
             info = self.engine.step(learning_rate(self.step, self.config.train.steps, self.config.optimizer))
             mixers = watch.read(statistics or {})
@@ -260,7 +283,7 @@ class Training:
             "max_tokens": config.eval.tokens,
             "documents": config.data.documents,
             "autocast": self.engine.autocast,
-            "should_stop": self.stop.asked,
+            "should_stop": self._stop_evaluating,
         }
         text = self.data.validation
         if config.data.stream and config.eval.context is None:
@@ -269,7 +292,12 @@ class Training:
             self.model, text, context=config.eval_context, stride=config.eval_stride, world=self.world, **how
         )
 
+    def _stop_evaluating(self) -> bool:
+        self.at(f"the evaluation at step {self.step}")
+        return self.stop.asked()
+
     def _save(self) -> None:
+        self.at(f"the checkpoint at step {self.step}")
         state = {
             "step": self.step,
             "samples": self.samples,
@@ -284,7 +312,7 @@ class Training:
         tensors = self.engine.state()
         if self.streams is not None:
             state["streams"], tensors["streams"] = self.streams.snapshot()
-            state["rows"] = self.config.batch_sequences
+            state["rows"], state["micro_batch"] = self.config.batch_sequences, self.streams.micro_batch
         settings = configuration.fingerprint(self.config, FREE_TO_CHANGE)
         self.saver.save(self.step, tensors, state, config=settings, dataset=self.data.train.fingerprint)
 
@@ -305,14 +333,11 @@ class Training:
 
     def _load(self, loaded: checkpoint.Checkpoint) -> None:
         state = loaded.state
-        expected = {"data": self.data.train.fingerprint, "data.seq_len": self.config.data.seq_len}
-        found = {"data": state["fingerprint"], "data.seq_len": state["seq_len"]}
-        changed = [f"{key} was {found[key]}, now {expected[key]}" for key in expected if found[key] != expected[key]]
-        if changed:
-            raise ValueError(f"checkpoint {loaded.path} belongs to other data: {'; '.join(changed)}")
+        refuse_others(loaded, self.config, self.data.train.fingerprint, self.world.data_size)
         try:
             self.engine.load_state(loaded.tensors)
-            self._load_streams(loaded)
+            if self.streams is not None and "streams" in state:  # else they begin anew
+                self.streams.load(state["streams"], loaded.tensors["streams"])
         except ValueError as error:
             raise ValueError(f"checkpoint {loaded.path}: {error}") from None
         self.step, self.samples, self.tokens = state["step"], state["samples"], state["tokens"]
@@ -321,16 +346,6 @@ class Training:
         cut = self.run.truncate_metrics(self.step)
         if cut:
             self.run.event("cut rows", beyond=self.step, rows=cut)
-
-    def _load_streams(self, loaded: checkpoint.Checkpoint) -> None:
-        """What the rows of a stream had read; they begin anew if the run went on from one without streams."""
-        if self.streams is not None and "streams" in loaded.state:
-            if (rows := loaded.state["rows"]) != self.config.batch_sequences:
-                raise ValueError(
-                    f"checkpoint {loaded.path} has {rows} streams; train.batch_tokens / data.seq_len makes "
-                    f"{self.config.batch_sequences} of them"
-                )
-            self.streams.load(loaded.state["streams"], loaded.tensors["streams"])
 
     def _introduce(self, start: str) -> None:
         model, config = self.config.model, self.config

@@ -10,10 +10,14 @@ from parallel.world import World
 T = TypeVar("T")
 
 
+class AgreedError(ValueError):
+    """A ValueError that every rank raises, with the same words."""
+
+
 def together(world: World, work: Callable[[], T]) -> T:
     """What `work` returns on this rank, once it is done on all; all ranks call this.
 
-    ValueError on every rank if it was raised on one: there its own, elsewhere with its words.
+    If it raises ValueError on one, every rank raises `AgreedError` with the words of the lowest such rank.
     """
     result: list[T] = []
     mine: ValueError | None = None
@@ -21,17 +25,14 @@ def together(world: World, work: Callable[[], T]) -> T:
         result.append(work())
     except ValueError as error:
         mine = error
-    told = world.gather(None if mine is None else str(mine))
-    if mine is not None:
-        raise mine
-    for rank, words in enumerate(told):
+    for rank, words in enumerate(world.gather(None if mine is None else str(mine))):
         if words is not None:
-            raise ValueError(words if rank == 0 else f"rank {rank}: {words}")
+            raise AgreedError(words if rank == 0 else f"rank {rank}: {words}") from mine
     return result[0]
 
 
 def by_first(world: World, work: Callable[[], Any]) -> Any:
-    """What `work` returns on the first rank, which alone does it; all ranks call this. ValueError as above.
+    """What `work` returns on the first rank, which alone does it; all ranks call this. `AgreedError` as above.
 
     Anything that JSON can say.
     """
@@ -39,7 +40,7 @@ def by_first(world: World, work: Callable[[], Any]) -> Any:
 
 
 def first_before_others(world: World, work: Callable[[], T]) -> T:
-    """What `work` returns on this rank; the others begin when the first is done. ValueError as above.
+    """What `work` returns on this rank; the others begin when the first is done. `AgreedError` as above.
 
     For what the first leaves in a cache that the others find.
     """

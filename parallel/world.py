@@ -24,6 +24,7 @@ from torch import Tensor
 LOOPBACK = "127.0.0.1"
 CPU = torch.device("cpu")
 MESSAGE_BYTES = 64 << 20
+START_SECONDS = 600.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +32,8 @@ class World:
     """One process among those that train together.
 
     rank, size: of all processes; local_rank: on this machine. sequence: ranks that share a row, with the group in which
-    they talk. device: where tensors lie that collectives take.
+    they talk. device: where tensors lie that collectives take. store: a few words that all ranks can read and write,
+    without waiting for each other.
     """
 
     rank: int = 0
@@ -40,6 +42,7 @@ class World:
     sequence: int = 1
     sequence_group: dist.ProcessGroup | None = None
     device: torch.device = CPU
+    store: dist.Store | None = None
 
     @property
     def is_first(self) -> bool:
@@ -144,11 +147,12 @@ def launched(environment: Mapping[str, str] = os.environ) -> int:
 
 
 @contextmanager
-def join(sequence: int = 1, timeout: float = 600.0, store: dist.Store | None = None) -> Iterator[World]:
+def join(sequence: int = 1, timeout: float = START_SECONDS, store: dist.Store | None = None) -> Iterator[World]:
     """The world of this process, as the environment describes it; left at the end.
 
-    sequence: ranks that share a row; must divide the world (ValueError). timeout: seconds after which a collective that
-    somebody does not come to fails. store: where ranks find each other, instead of MASTER_ADDR.
+    sequence: ranks that share a row; must divide the world (ValueError). timeout: seconds within which all ranks must
+    have started (RuntimeError names those that have not). store: where ranks find each other, instead of MASTER_ADDR.
+    Collectives have no timeout of their own (a day): see `parallel.watchdog`.
     """
     size = launched()
     if size % sequence:
@@ -164,14 +168,28 @@ def join(sequence: int = 1, timeout: float = 600.0, store: dist.Store | None = N
         torch.cuda.set_device(local_rank)
         device = torch.device("cuda", local_rank)
     os.environ.setdefault("MASTER_ADDR", LOOPBACK)
+    if store is None:
+        store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=timedelta(seconds=timeout)))
+    _await_all(store, rank, size, timeout)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
+    dist.init_process_group(
+        backend, store=dist.PrefixStore("groups", store), rank=rank, world_size=size, timeout=timedelta(days=1)
+    )
     try:
         group = None
         for first in range(0, size, sequence):  # every rank must make every group
             ranks = list(range(first, first + sequence))
-            made = dist.new_group(ranks, timeout=timedelta(seconds=timeout)) if sequence > 1 else None
+            made = dist.new_group(ranks, timeout=timedelta(days=1)) if sequence > 1 else None
             group = made if rank in ranks else group
-        yield World(rank, size, local_rank, sequence, group, device)
+        yield World(rank, size, local_rank, sequence, group, device, store)
     finally:
         dist.destroy_process_group()
+
+
+def _await_all(store: dist.Store, rank: int, size: int, seconds: float) -> None:
+    store.set(f"started/{rank}", "")
+    try:
+        store.wait([f"started/{other}" for other in range(size)], timedelta(seconds=seconds))
+    except RuntimeError:
+        missing = ", ".join(str(other) for other in range(size) if not store.check([f"started/{other}"]))
+        raise RuntimeError(f"of {size} ranks these did not start within {seconds:g} s: {missing}") from None

@@ -28,7 +28,7 @@ def run_ranks(
     """
     # The server imports torch once; each rank is its fork, made before torch has any thread.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed", "lmtrain.model", "lmtrain.optimizer", "tests.processes"])
+    context.set_forkserver_preload(["torch.distributed", "lmtrain.train", "tests.processes"])
     with tempfile.TemporaryDirectory() as folder:
         ends, processes = [], []
         for rank in range(ranks):

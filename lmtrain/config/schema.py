@@ -132,13 +132,24 @@ class CheckpointConfig:
 
     every: int = setting(250, "steps between two checkpoints; the last step always has one", at_least=1)
     keep: int = setting(3, "newest checkpoints kept, of those that verify", at_least=1)
+    asynchronous: bool | None = setting(
+        None,
+        "written by a thread from a copy in CPU memory while training goes on; null = if a GPU trains: on a CPU the "
+        "thread and its copy take what training needs",
+    )
 
 
 @dataclass
 class ParallelConfig:
     """Who computes."""
 
-    engine: Literal["torch"] = setting("torch", "plain torch, in one process")
+    engine: Literal["torch"] = setting("torch", "plain torch, on as many ranks as a launcher starts")
+    timeout: float = setting(
+        600.0,
+        "seconds after which a job of several ranks ends because one of them is silent or none comes any further: more "
+        "than a micro-batch takes",
+        above=0,
+    )
 
 
 @dataclass

@@ -88,6 +88,13 @@ class RunFolder:
     def truncate_metrics(self, step: int) -> int:
         return 0
 
+    def fail(self, reason: str) -> None:
+        """Write that the run failed: for the process that writes, which is gone; else `RunDirectory` does it."""
+        status = replace(read_status(self.path) or self.status, state="failed", reason=reason)
+        _write_json(self.path / "status.json", asdict(status) | {"time": _now()})
+        with open(self.path / "log.txt", "a", encoding="utf-8") as log:
+            log.write(f"failed: {reason}\n")
+
     def close(self) -> None: ...
 
     def __enter__(self) -> Self:
@@ -168,6 +175,11 @@ class RunDirectory(RunFolder):
             self._log.flush()
         except OSError as error:
             logger.warning("%s: %s", self._log.name, error)
+
+    def fail(self, reason: str) -> None:
+        """Writes that the run failed, and why, into status and log."""
+        self.log(f"failed: {reason}")
+        self.set_status("failed", step=self.status.step, reason=reason)
 
     def truncate_metrics(self, step: int) -> int:
         """Cuts the rows beyond `step`, where training resumes, atomically; returns how many went."""

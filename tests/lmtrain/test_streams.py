@@ -126,7 +126,7 @@ def test_a_fork_with_another_batch_is_refused_in_words(tmp_path: Path) -> None:
     fork = tmp_path / "run/checkpoints/step-4"
     for change, words in (
         ("train.batch_tokens=64", "has 4 streams; train.batch_tokens / data.seq_len makes 2 of them"),
-        ("train.micro_batch=4", "another mixer or batch"),
+        ("train.micro_batch=4", "in micro-batches of 2, here they have 4: set train.micro_batch=2"),
     ):
         config = tiny.config(tmp_path, *STREAM, change, f"run.dir={tmp_path}/{change}")
         with pytest.raises(ValueError, match=words):
