@@ -19,7 +19,8 @@ from parallel.world import World
 class SequenceShard:
     """One rank's slice of rows whose tokens are shared among `lengths`.
 
-    sent, received: bytes that have crossed to and from other ranks since this was made, forward and backward.
+    sent, received: bytes that have crossed to and from other ranks, forward and backward, since this was made or they
+    were set to 0.
     """
 
     def __init__(self, world: World, lengths: Sequence[int]) -> None:
