@@ -70,7 +70,7 @@ class Clock:
         """Of the clock of a whole row that of the tokens of one rank. Its memo is kept with the row's."""
         here = slice(*bounds(shard, rank))
         end = None if self.end is None else self.end[:, here]
-        memo = self.once(("shard", shard.lengths, rank), dict)
+        memo: dict[Any, Any] = self.once(("shard", shard.lengths, rank), dict)
         return Clock(here.start, self.time[:, here], self.position[:, here], end, memo, shard, self, rank)
 
     @staticmethod

@@ -91,7 +91,7 @@ class EarlierTokens:
         alike: dict[Any, list[str]] = {}
         for name, x in new.items():
             alike.setdefault((x.dtype, x.shape[1]), []).append(name)
-        rows = {}
+        rows: dict[str, Tensor] = {}
         for names in alike.values():
             own = torch.cat([new[name] for name in names], -1)
             both = torch.cat([self._bring(own), own], 2)

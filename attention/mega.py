@@ -95,7 +95,7 @@ class DampedEma(WideModule):
         return F.silu(average + self.omega * x), h
 
     def before_shard(self, x: Tensor, reset: Tensor | None, clock: Clock) -> Tensor:
-        """h [B, d, n] before the first token of a shard, from what each lower rank's tokens x [B, T, d] leave behind."""
+        """h [B, d, n] before the first token of a shard, from what the tokens x [B, T, d] of each lower rank leave."""
         assert clock.shard is not None
         _, left = self(x, None, reset)
         before = to_higher(clock.shard, [left])
@@ -164,11 +164,10 @@ class Mega(Mixer):
         _check_state(state, self)
         clock = read_clock(x, ctx, None if state is None else state.stream)
         reset = None if clock.end is None else (clock.position == 0).expand(x.shape[:2])
+        before = None if state is None else state.h
         if clock.shard is not None:
-            h = self.ema.before_shard(x, reset, clock)
-        else:
-            h = None if state is None else state.h
-        mixed, h = self.ema(x, h, reset)
+            before = self.ema.before_shard(x, reset, clock)
+        mixed, h = self.ema(x, before, reset)
         update, shared, reset_gate, candidate = self.base(mixed.to(x.dtype)).split(self.widths, -1)
         update, shared, reset_gate = update.sigmoid(), F.silu(shared), F.silu(reset_gate)
         q = shared * self.query_gain + self.query_shift

@@ -98,9 +98,7 @@ class Travel:
     index: Tensor
 
     @staticmethod
-    def of(
-        shard: Shard, rows: Tensor, needed: Callable[[int, int], Tensor], *, front: bool = False
-    ) -> Travel:
+    def of(shard: Shard, rows: Tensor, needed: Callable[[int, int], Tensor], *, front: bool = False) -> Travel:
         """rows: those of this rank [B, G, n, w], or any others of their B, G and device. needed(source, target): which
         rows of one rank a higher one needs, bool [B or 1, G or 1, n of the source].
 
@@ -123,7 +121,9 @@ class Travel:
         most = int(count.max())
         slot = number - 1 + (most - count if front else 0)
         index = torch.full((*lists, most + 1), -1, dtype=torch.int64, device=device)
-        index = index.scatter_(2, torch.where(here, slot, most), torch.arange(here.shape[2], device=device).expand_as(here))
+        index = index.scatter_(
+            2, torch.where(here, slot, most), torch.arange(here.shape[2], device=device).expand_as(here)
+        )
         # Rows come rank by rank, and of each rank list by list.
         list_number = torch.arange(batch * heads, device=device).view(batch, heads, 1)
         places = everywhere(slot) + list_number * most

@@ -130,9 +130,7 @@ class SoftmaxAttention(ProjectedHeads):
         """Time at which each token's row may be forgotten, were its document endless: int64, broadcast to [B, G, T]."""
 
     @abstractmethod
-    def mix(
-        self, q: Tensor, k: Tensor, v: Tensor, clock: Clock, state: LivingKeys | EarlierKeys | None
-    ) -> Tensor:
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, clock: Clock, state: LivingKeys | EarlierKeys | None) -> Tensor:
         """Outputs of the heads [B, H, T, D], from q [B, H, T, D] and k, v [B, G, T, D] of the new tokens.
 
         With a state: adds the new rows to it, and meets those it holds. Of a shard, keys of lower ranks take its place.
@@ -172,9 +170,7 @@ class SoftmaxAttention(ProjectedHeads):
 class TokenAttention(SoftmaxAttention):
     """Softmax attention in one call, over time: each key is alive from its own time to its death."""
 
-    def mix(
-        self, q: Tensor, k: Tensor, v: Tensor, clock: Clock, state: LivingKeys | EarlierKeys | None
-    ) -> Tensor:
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, clock: Clock, state: LivingKeys | EarlierKeys | None) -> Tensor:
         """See `SoftmaxAttention.mix`."""
         life = clock.once(self.alike, lambda: self.lifetimes(clock))
         if state is not None:

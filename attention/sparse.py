@@ -110,9 +110,7 @@ class StridedSparse(Sparse):
         half, window = self.kv_heads // 2, clock.time[:, None] + self.config.block
         return torch.cat([x.expand(-1, half, -1) for x in (window, never)], 1)
 
-    def mix(
-        self, q: Tensor, k: Tensor, v: Tensor, clock: Clock, state: LivingKeys | EarlierKeys | None
-    ) -> Tensor:
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, clock: Clock, state: LivingKeys | EarlierKeys | None) -> Tensor:
         """See `SoftmaxAttention.mix`."""
         life = clock.once(self.alike, lambda: self.lifetimes(clock))
         if state is None:

@@ -43,7 +43,7 @@ from attention.online import OnlineMeans
 from attention.ops.attend import KeySet, attend_union
 from attention.ops.codes import code_prefix, code_totals, look_up, straight_through, vq_assign
 from attention.ops.rotary import apply_rotary
-from attention.shard import bounds, tied, to_higher
+from attention.shard import tied, to_higher
 from attention.softmax import AttentionConfig
 from attention.spans import Blocks, with_earlier
 from attention.tail import SpanState

@@ -26,7 +26,7 @@ class SequenceShard:
     def __init__(self, world: World, lengths: Sequence[int]) -> None:
         if len(lengths) != world.sequence or min(lengths) < 1:
             raise ValueError(
-                f"parallel.sequence: {world.sequence} ranks share a row, each with a token at least; got {list(lengths)}"
+                f"parallel.sequence: {world.sequence} ranks share a row, each with a token or more; got {list(lengths)}"
             )
         self.rank = world.sequence_rank
         self.lengths = tuple(lengths)

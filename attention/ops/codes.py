@@ -122,8 +122,8 @@ def code_prefix(
     carry   (count, mean) before block 0, if it is not fresh
 
     Returns count [B, G, N, S], and mean [B, G, N, S, Dv], 0 for codes that nobody has, both in at least float32. Linear
-    in v and the carried mean, with their gradients. A recurrence of weighted means: sums would grow without end, and lose what they are made
-    of.
+    in v and the carried mean, with their gradients. A recurrence of weighted means: sums would grow without end, and
+    lose what they are made of.
     """
     return _CodePrefix.apply(code, v, codes, fresh, whole, *((None, None) if carry is None else carry))
 

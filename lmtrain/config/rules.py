@@ -15,7 +15,10 @@ from lmtrain.config.schema import BYTE_VOCABULARY, Config
 
 @dataclass(frozen=True)
 class Rule:
-    """keys: the settings it reads; check: (config, ranks that read sequences of their own) -> what is wrong, or None."""
+    """keys: the settings it reads; check: (config, ranks) -> what is wrong, or None.
+
+    ranks: those that read sequences of their own.
+    """
 
     keys: tuple[str, ...]
     check: Callable[[Config, int], str | None]
@@ -147,8 +150,14 @@ def _sequences_can_be_shared(config: Config, ranks: int) -> str | None:
     if sequence > config.data.seq_len:
         return f"each rank needs a token at least of the {config.data.seq_len} of data.seq_len"
     if config.data.stream:
-        return "ranks that share sequences go on from each other, and data.stream from what was read before: set it to 1"
-    return "train.compile does not know what ranks tell each other inside a layer: set it to 1" if config.train.compile else None
+        return (
+            "ranks that share sequences go on from each other, and data.stream from what was read before: set it to 1"
+        )
+    return (
+        "train.compile does not know what ranks tell each other inside a layer: set it to 1"
+        if config.train.compile
+        else None
+    )
 
 
 @rule("model.vocab_size", "data.tokenizer")

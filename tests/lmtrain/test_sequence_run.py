@@ -1,4 +1,4 @@
-"""A run with `parallel.sequence`: its rows and checkpoints are those of one process; what cannot be shared is refused."""
+"""Runs with `parallel.sequence`: rows and checkpoints of one process; what cannot be shared is refused."""
 
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,11 @@ def test_a_run_that_shares_sequences_is_a_run_of_one_process(tmp_path: Path, ran
     one, shared = (read_metrics(tmp_path / name) for name in ("one", "shared"))
     assert len(one) == len(shared)
     for row, other in zip(one, shared, strict=True):
-        assert (row["step"], row.get("batch"), row.get("split")) == (other["step"], other.get("batch"), other.get("split"))
+        assert (row["step"], row.get("batch"), row.get("split")) == (
+            other["step"],
+            other.get("batch"),
+            other.get("split"),
+        )
         assert other["loss"] == pytest.approx(row["loss"], abs=1e-6)
         assert other.get("auxiliary", 0) == pytest.approx(row.get("auxiliary", 0), abs=1e-9)
         assert ("sent_per_token" in other) == ("split" not in other)
