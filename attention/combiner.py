@@ -367,17 +367,16 @@ class LogsparseCombiner(SpanCombiner, pattern="logsparse"):
         return reach & -reach
 
     def needed(self, clock: Clock) -> int:
-        """As far back as a span goes that ends among the new tokens."""
-        return self.reach_back(clock, None)
-
-    def reach_back(self, clock: Clock, limit: int | None) -> int:
-        """The same, under a limit."""
-        new_tokens = torch.arange(1, clock.position.shape[1] + 1, device=clock.position.device)
-        return max(0, int((self.size(clock.position + 1, limit) - new_tokens).max()))
+        """As far back as a span goes that ends among them, if a later token of the row can meet it."""
+        behind = clock.time + 1
+        met = behind < clock.whole.time.shape[1]
+        if clock.end is not None:
+            met = met & (behind < clock.end)
+        return _reach_back(self.size(clock.position + 1, None).where(met, 0))
 
     def recall(self, state: SpanState, new: dict[str, Tensor], clock: Clock) -> dict[str, Tensor]:
         """As far back as a span goes that ends among the new tokens."""
-        return state.tail.before(new, min(self.reach_back(clock, state.limit), state.tail.size))
+        return state.tail.before(new, min(_reach_back(self.size(clock.position + 1, state.limit)), state.tail.size))
 
     def remember(self, state: SpanState, new: dict[str, Tensor], rows: dict[str, Tensor], clock: Clock) -> None:
         """Keep the document, or what the longest span needs beside the token that completes it."""
@@ -386,6 +385,12 @@ class LogsparseCombiner(SpanCombiner, pattern="logsparse"):
     def vectors_kept(self, length: int) -> int:
         """Query, key and value of every token."""
         return 3 * length
+
+
+def _reach_back(size: Tensor) -> int:
+    """How far spans of these lengths [B or 1, T], which end at the tokens, reach back before the first of them."""
+    token = torch.arange(1, size.shape[1] + 1, device=size.device)
+    return max(0, int((size - token).max()))
 
 
 def _longest(limit: int | None) -> int:
