@@ -86,8 +86,13 @@ def measure(world: World, length: int) -> list[dict[str, Any]]:
 
 def documented(rows: list[dict[str, Any]]) -> str:
     """The table as it stands in docs/sequence.md."""
-    whole = [{k: f"{v:,.1f}".removesuffix(".0") if isinstance(v, float) and k != "share" else v for k, v in row.items()} for row in rows]
-    return BEGIN + table(whole) + "\n" + END
+    return BEGIN + table([{name: _in_words(name, value) for name, value in row.items()} for row in rows]) + "\n" + END
+
+
+def _in_words(name: str, value: Any) -> Any:
+    if not isinstance(value, float):
+        return value
+    return f"{value:.3f}" if name == "share" else f"{value:,.1f}".removesuffix(".0")
 
 
 def main() -> None:
