@@ -16,7 +16,7 @@ from torch import Tensor
 
 from attention.clock import Clock
 from attention.lifetimes import FOREVER, Lifetimes
-from attention.shard import Shard, Travel, bounds, common_lists
+from attention.shard import Shard, Travel, alive_in, bounds, common_lists
 
 
 class EarlierKeys:
@@ -53,6 +53,20 @@ class EarlierKeys:
         lives = [self._lives(rank) for rank in range(len(shard.lengths))]
         self.met = self.clock.once((self.key, "travel", *k.shape[:2]), lambda: Travel.of_living(shard, k, lives))
         return self.met
+
+    def most_sent(self, k: Tensor) -> int:
+        """How many rows of keys the rank sends that sends most, of all heads and sequences; k: those of this rank."""
+        shard, (batch, heads) = shard_of(self.clock), k.shape[:2]
+
+        def count() -> int:
+            sent = []
+            for source in range(len(shard.lengths)):
+                targets = range(source + 1, len(shard.lengths))
+                masks = [alive_in(shard, self._lives(source), target) for target in targets]
+                sent.append(sum(int(mask.expand(batch, heads, -1).sum()) for mask in masks))
+            return max(sent)
+
+        return self.clock.once((self.key, "most sent", batch, heads), count)
 
     def _lives(self, rank: int) -> Lifetimes:
         there = self.clock.of_rank(rank)

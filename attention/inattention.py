@@ -68,6 +68,7 @@ class InAttention(Dense):
     """
 
     Config = InAttentionConfig
+    sequence_parallel = "keys that outlive their shard"
 
     def __init__(self, dim: int, config: InAttentionConfig) -> None:
         super().__init__(dim, config)

@@ -45,6 +45,12 @@ def bounds(shard: Shard, rank: int) -> tuple[int, int]:
     return ends[rank] - shard.lengths[rank], ends[rank]
 
 
+def alive_in(shard: Shard, life: Lifetimes, rank: int) -> Tensor:
+    """Which keys are alive at the time of some token of the rank; bool [B or 1, G or 1, n]."""
+    first, stop = bounds(shard, rank)
+    return life.birth.clamp(min=first) < life.death.clamp(max=stop)
+
+
 def gather_tokens(shard: Shard, x: Tensor, dim: int) -> Tensor:
     """x of the whole row, from each rank's x of its own tokens, which stand along `dim`. Differentiable."""
     rows = x.movedim(dim, 0)
@@ -136,12 +142,7 @@ class Travel:
     def of_living(shard: Shard, rows: Tensor, lives: Sequence[Lifetimes], *, front: bool = False) -> Travel:
         """rows, front: as of `of`; lives: of the rows of each rank. A key goes where it is alive."""
 
-        def needed(source: int, target: int) -> Tensor:
-            first, stop = bounds(shard, target)
-            birth, death = lives[source].birth, lives[source].death
-            return birth.clamp(min=first) < death.clamp(max=stop)
-
-        return Travel.of(shard, rows, needed, front=front)
+        return Travel.of(shard, rows, lambda source, rank: alive_in(shard, lives[source], rank), front=front)
 
     def bring(self, shard: Shard, rows: Tensor) -> Tensor:
         """What the lower ranks send of their rows, [B, G, m, w]; padding is 0."""

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from attention.cache import LivingKeys
 from attention.clock import Clock, read_clock
 from attention.divisors import nearest_divisors
-from attention.earlier import EarlierKeys, earlier
+from attention.earlier import EarlierKeys, earlier, shard_of
+from attention.heads import HeadShare, of_heads, to_heads, to_tokens
 from attention.lifetimes import FOREVER, Lifetimes, living_pairs
 from attention.mixer import (
     Context,
@@ -170,12 +171,41 @@ class SoftmaxAttention(ProjectedHeads):
 class TokenAttention(SoftmaxAttention):
     """Softmax attention in one call, over time: each key is alive from its own time to its death."""
 
+    sequence_parallel = "keys that outlive their shard; or heads for tokens"
+
     def mix(self, q: Tensor, k: Tensor, v: Tensor, clock: Clock, state: LivingKeys | EarlierKeys | None) -> Tensor:
         """See `SoftmaxAttention.mix`."""
+        if isinstance(state, EarlierKeys) and self._heads_move_less(k, state):
+            return self._mix_by_heads(q, k, v, clock)
         life = clock.once(self.alike, lambda: self.lifetimes(clock))
         if state is not None:
             k, v, life = state.extend(k, v, life, clock)
         return attend(q, k, v, life, time=clock.query_time)[0]
+
+    def _heads_move_less(self, k: Tensor, past: EarlierKeys) -> bool:
+        """Whether the busiest rank sends at most as much if ranks trade tokens for heads: they share the work then."""
+        lengths = shard_of(past.clock).lengths
+        if self.heads < len(lengths):
+            return False
+        share = HeadShare(len(lengths), self.heads, self.kv_heads)
+        traded = max(share.vectors_sent(rank, lengths) for rank in range(len(lengths)))
+        return len(k) * traded <= 2 * past.most_sent(k)
+
+    def _mix_by_heads(self, q: Tensor, k: Tensor, v: Tensor, clock: Clock) -> Tensor:
+        """As `mix`, of a shard: this rank attends for some of the heads, over all tokens of the row."""
+        shard, row = shard_of(clock), clock.whole
+        ranks = range(len(shard.lengths))
+        share = HeadShare(len(ranks), self.heads, self.kv_heads)
+        readers, read = [share.queries(rank) for rank in ranks], [share.keys(rank) for rank in ranks]
+        q = to_heads(shard, q, readers)
+        k, v = to_heads(shard, torch.cat([k, v], -1), read).chunk(2, -1)
+        local = share.local(shard.rank)
+        life = row.once((self.alike, "row"), lambda: self.lifetimes(row))
+        if len(set(map(local.count, local))) == 1:  # every key head is read by as many heads
+            life = of_heads(life, list(read[shard.rank]))
+        else:
+            life, k, v = of_heads(life, [read[shard.rank][head] for head in local]), k[:, local], v[:, local]
+        return to_tokens(shard, attend(q, k, v, life)[0], readers)
 
     def pattern(self, length: int) -> Lifetimes:
         """Lifetimes of the keys of one document of `length` tokens, int32 broadcast to [kv_heads, length]."""
