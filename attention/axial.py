@@ -111,10 +111,13 @@ class AxialCombiner(Combiner, pattern="axial"):
         earlier = EarlierKeys(clock, (self.alike, "above"), lifetimes)
         keys, values, known = earlier.extend(made, values, self.kept(life, recent), clock)
         came = known.birth[:, :, : keys.shape[2] - made.shape[2]]
-        began = torch.where(came < FOREVER, clock.whole.starts[:, None, max(clock.now - 1, 0), None], FOREVER)
-        birth = side_by_side([came.long(), recent.time[:, None]])[:, 0]
-        start = side_by_side([began, start[:, None]])[:, 0]
-        return self.among(q, keys, values, self.lanes(birth, start, clock.time.shape[1]))
+
+        def lanes() -> Lanes:
+            began = torch.where(came < FOREVER, clock.whole.starts[:, None, max(clock.now - 1, 0), None], FOREVER)
+            birth = side_by_side([came.long(), recent.time[:, None]])[:, 0]
+            return self.lanes(birth, side_by_side([began, start[:, None]])[:, 0], clock.time.shape[1])
+
+        return self.among(q, keys, values, clock.once((self.alike, "lanes of shard", len(q)), lanes))
 
     def kept(self, life: Lifetimes, clock: Clock) -> Lifetimes:
         """Of the abstractions of the clock's tokens, `life` being what `whole_rows` says: to the end of the document,

@@ -149,7 +149,9 @@ def _of_shard(ctx: Context, batch: int, length: int, stream: Stream | None, devi
     if shard.lengths[shard.rank] != length:
         raise ValueError(f"ctx.shard: rank {shard.rank} has {shard.lengths[shard.rank]} tokens, got {length}")
     if ctx.positions is None and ctx.document_ends is None:
-        return _plain(sum(shard.lengths), device).part(shard, shard.rank)
+        total = sum(shard.lengths)
+        row = _plain(total, device) if total <= LONGEST_KEPT else _once_per_pass(ctx, lambda: _plain(total, device))
+        return row.part(shard, shard.rank)
     _check_shapes(ctx, batch, length)
 
     def of_all_ranks(x: Tensor | None) -> Tensor | None:

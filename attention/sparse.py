@@ -7,6 +7,7 @@ printed range of summary columns has c + 1 of them; here there are c.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -117,7 +118,8 @@ class StridedSparse(Sparse):
             near, lanes = clock.once((self.alike, "sets"), lambda: self._sets(life, clock.starts[:, None]))
         else:
             k, v, life = state.extend(k, v, life, clock)
-            near, lanes = self._sets(life, state.starts(clock), clock.time.shape[1], state.limit)
+            sets = partial(self._sets, life, state.starts(clock), clock.time.shape[1], state.limit)
+            near, lanes = sets() if clock.shard is None else clock.once((self.alike, "sets", len(q)), sets)
         time = clock.query_time
         if not self.halved:
             return merge([attend(q, k, v, near, time=time), attend_lanes(q, k, v, lanes)])[0]
