@@ -68,8 +68,6 @@ class InAttention(Dense):
     """
 
     Config = InAttentionConfig
-    sequence_parallel = "keys that outlive their shard"
-
     def __init__(self, dim: int, config: InAttentionConfig) -> None:
         super().__init__(dim, config)
         self.shared_state = "initial states" if config.cache == "initial" else None
@@ -109,6 +107,9 @@ class InAttention(Dense):
         if self.config.positions == "rotary":
             table = clock.rotary(self.head_dim, self.config.rotary)
             q, k = apply_rotary(q, table), apply_rotary(k, table)
+        if isinstance(state, EarlierKeys) and self.trades_heads(k, state):
+            row = clock.whole
+            return self.mix_by_heads(q, k, v, clock, self._bias(self.lifetimes(row), row, floating(q)))
         if isinstance(state, LivingKeys | EarlierKeys):
             k, v, life = state.extend(k, v, life, clock)
             state.advance(clock)

@@ -171,19 +171,22 @@ class SoftmaxAttention(ProjectedHeads):
 class TokenAttention(SoftmaxAttention):
     """Softmax attention in one call, over time: each key is alive from its own time to its death."""
 
-    sequence_parallel = "keys that outlive their shard; or heads for tokens"
+    sequence_parallel = "keys that outlive their shard, or, if that is no more, heads for tokens"
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, clock: Clock, state: LivingKeys | EarlierKeys | None) -> Tensor:
         """See `SoftmaxAttention.mix`."""
-        if isinstance(state, EarlierKeys) and self._heads_move_less(k, state):
-            return self._mix_by_heads(q, k, v, clock)
+        if isinstance(state, EarlierKeys) and self.trades_heads(k, state):
+            return self.mix_by_heads(q, k, v, clock)
         life = clock.once(self.alike, lambda: self.lifetimes(clock))
         if state is not None:
             k, v, life = state.extend(k, v, life, clock)
         return attend(q, k, v, life, time=clock.query_time)[0]
 
-    def _heads_move_less(self, k: Tensor, past: EarlierKeys) -> bool:
-        """Whether the busiest rank sends at most as much if ranks trade tokens for heads: they share the work then."""
+    def trades_heads(self, k: Tensor, past: EarlierKeys) -> bool:
+        """Whether ranks trade tokens for heads instead of gathering keys: if the busiest one then sends no more.
+
+        k [B, G, T, D]: of this rank. The answer is the same on all ranks.
+        """
         lengths = shard_of(past.clock).lengths
         if self.heads < len(lengths):
             return False
@@ -191,8 +194,11 @@ class TokenAttention(SoftmaxAttention):
         traded = max(share.vectors_sent(rank, lengths) for rank in range(len(lengths)))
         return len(k) * traded <= 2 * past.most_sent(k)
 
-    def _mix_by_heads(self, q: Tensor, k: Tensor, v: Tensor, clock: Clock) -> Tensor:
-        """As `mix`, of a shard: this rank attends for some of the heads, over all tokens of the row."""
+    def mix_by_heads(self, q: Tensor, k: Tensor, v: Tensor, clock: Clock, bias: Tensor | None = None) -> Tensor:
+        """As `mix`, of a shard: this rank attends for some of the heads, over all tokens of the row.
+
+        bias: of the keys of the row, [B or 1, G, N].
+        """
         shard, row = shard_of(clock), clock.whole
         ranks = range(len(shard.lengths))
         share = HeadShare(len(ranks), self.heads, self.kv_heads)
@@ -201,11 +207,11 @@ class TokenAttention(SoftmaxAttention):
         k, v = to_heads(shard, torch.cat([k, v], -1), read).chunk(2, -1)
         local = share.local(shard.rank)
         life = row.once((self.alike, "row"), lambda: self.lifetimes(row))
-        if len(set(map(local.count, local))) == 1:  # every key head is read by as many heads
-            life = of_heads(life, list(read[shard.rank]))
-        else:
-            life, k, v = of_heads(life, [read[shard.rank][head] for head in local]), k[:, local], v[:, local]
-        return to_tokens(shard, attend(q, k, v, life)[0], readers)
+        mine = list(read[shard.rank])
+        if len(set(map(local.count, local))) > 1:  # `attend` wants every key head read by as many queries
+            mine, k, v = [mine[head] for head in local], k[:, local], v[:, local]
+        bias = None if bias is None else bias[:, mine]
+        return to_tokens(shard, attend(q, k, v, of_heads(life, mine), key_bias=bias)[0], readers)
 
     def pattern(self, length: int) -> Lifetimes:
         """Lifetimes of the keys of one document of `length` tokens, int32 broadcast to [kv_heads, length]."""

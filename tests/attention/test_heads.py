@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from attention.heads import HeadShare
 from attention.mixer import Context, build
@@ -16,6 +17,7 @@ SUBJECTS = [
     Subject("dense", Case({"heads": 6, "kv_heads": 2}, dim=12)),
     Subject("dense", Case({"heads": 5, "head_dim": 4}, dim=7)),
     Subject("dense", Case({"heads": 4, "kv_heads": 1}, dim=8)),
+    Subject("inattention", Case({"heads": 6, "kv_heads": 2}, dim=12)),
     Subject("local", Case({"heads": 6, "kv_heads": 3, "window": 8}, dim=12)),
     Subject("s2", Case({"heads": 6, "kv_heads": 3, "block": 4, "local_blocks": 2}, dim=12)),
     Subject("sparse", Case({"heads": 10, "kv_heads": 5, "block": 6, "columns": 2}, dim=20)),
@@ -24,7 +26,7 @@ SETTINGS = [Setting(s, *told) for s in SUBJECTS for told in ((ROWS, ()), (CUT_AT
 
 
 def _always_trade(world: World) -> list[Result]:
-    TokenAttention._heads_move_less = lambda *_: True  # type: ignore[method-assign]
+    TokenAttention.trades_heads = lambda *_: True  # type: ignore[method-assign]
     return [run(setting, world, SequenceShard(world, LENGTHS[world.size])) for setting in SETTINGS]
 
 
@@ -57,10 +59,27 @@ def _sent(world: World, heads: int, kv_heads: int, window: int | None) -> int:
     ("heads", "kv_heads", "window", "vectors"),
     [
         (4, 4, None, [32 * (2 + 4) + 32 * 2] * 2),  # q, k and v of 2 heads there, their outputs back
-        (4, 1, None, [32 * 2, 0]),  # one key head is less than that
-        (4, 4, 8, [7 * 4 * 2, 0]),  # so is a window
+        (4, 1, None, [32 * (2 + 2) + 32 * 2] * 2),  # also if one key head would be less: the work is shared
+        (4, 4, 8, [7 * 4 * 2, 0]),  # a window is less
+        (4, 4, 64, [32 * (2 + 4) + 32 * 2] * 2),  # a wide one is not
+        (4, 1, 64, [32 * 2, 0]),
         (1, 1, None, [32 * 2, 0]),  # a head cannot be shared
     ],
 )
-def test_what_moves_less_is_what_moves(heads: int, kv_heads: int, window: int | None, vectors: list[int]) -> None:
+def test_what_moves(heads: int, kv_heads: int, window: int | None, vectors: list[int]) -> None:
     assert run_ranks(2, _sent, heads, kv_heads, window, sequence=2) == vectors
+
+
+def _work(world: World, kv_heads: int) -> int:
+    shard = SequenceShard(world, even_lengths(64, world.size))
+    mixer = build("dense", 16, heads=4, kv_heads=kv_heads)
+    with FlopCounterMode(display=False) as counter:
+        mixer(torch.randn(2, 64, 16)[:, shard.tokens], Context(shard=shard))
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("kv_heads", [4, 1])
+def test_dense_attention_is_as_much_work_on_every_rank(kv_heads: int) -> None:
+    one, *others = run_ranks(4, _work, kv_heads, sequence=4)
+    assert others == [one] * 3
+    assert 4 * one == build("dense", 16, heads=4, kv_heads=kv_heads).cost(64).flops * 2
