@@ -68,6 +68,7 @@ class InAttention(Dense):
     """
 
     Config = InAttentionConfig
+
     def __init__(self, dim: int, config: InAttentionConfig) -> None:
         super().__init__(dim, config)
         self.shared_state = "initial states" if config.cache == "initial" else None

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from attention.lifetimes import FOREVER, Lifetimes
+from attention.lifetimes import Lifetimes
 
 
 class Shard(Protocol):
@@ -122,14 +122,12 @@ class Travel:
         lists = common_lists(masks)
         none = torch.zeros(*lists, 0, dtype=torch.bool, device=device)
         here = torch.cat([none, *(mask.expand(*lists, -1) for mask in masks)], 2)
-        number = here.cumsum(2)
         count = here.sum(2, keepdim=True)
         most = int(count.max())
-        slot = number - 1 + (most - count if front else 0)
+        slot = here.cumsum(2) - 1 + (most - count if front else 0)
+        number = torch.arange(here.shape[2], device=device).expand_as(here)
         index = torch.full((*lists, most + 1), -1, dtype=torch.int64, device=device)
-        index = index.scatter_(
-            2, torch.where(here, slot, most), torch.arange(here.shape[2], device=device).expand_as(here)
-        )
+        index.scatter_(2, torch.where(here, slot, most), number)  # who does not come goes to a last column
         # Rows come rank by rank, and of each rank list by list.
         list_number = torch.arange(batch * heads, device=device).view(batch, heads, 1)
         places = everywhere(slot) + list_number * most
@@ -141,7 +139,6 @@ class Travel:
     @staticmethod
     def of_living(shard: Shard, rows: Tensor, lives: Sequence[Lifetimes], *, front: bool = False) -> Travel:
         """rows, front: as of `of`; lives: of the rows of each rank. A key goes where it is alive."""
-
         return Travel.of(shard, rows, lambda source, rank: alive_in(shard, lives[source], rank), front=front)
 
     def bring(self, shard: Shard, rows: Tensor) -> Tensor:
@@ -159,11 +156,6 @@ class Travel:
         if values.shape[2] == 0:
             return values
         return values.gather(2, index.clamp(min=0)).masked_fill(index < 0, fill)
-
-    def living(self, life: Lifetimes) -> Lifetimes:
-        """Of lifetimes of the rows of all lower ranks those of the rows that came; padding is never alive."""
-        generation = None if life.generation is None else self.take(life.generation, 0)
-        return Lifetimes(self.take(life.birth, FOREVER), self.take(life.death, 0), generation)
 
 
 def common_lists(parts: Sequence[Tensor]) -> tuple[int, int]:

@@ -75,7 +75,7 @@ EXPERIMENTS = [
     Experiment("near+far"),
     Experiment("near+far", packed=True, checkpointing=True),
     Experiment("near+far vq", packed=True, learned=True),
-    Experiment("moh first", packed=True),
+    Experiment("moh first", packed=True, checkpointing=True),
     Experiment("vq mega", checkpointing=True),
 ]
 
