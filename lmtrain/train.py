@@ -157,6 +157,7 @@ class Training:
                 self.saver.report()
                 if self.stop.asked():
                     return self._stopped()
+                self.at(f"step {self.step + 1}, its batches")
                 info = self._one_step(next(steps))
                 if self.skips_in_a_row >= self.config.train.max_skips:
                     return self._give_up(info)
@@ -169,7 +170,6 @@ class Training:
     def _one_step(self, batches: list[Batch]) -> StepInfo:
         """Forward and backward over the micro-batches, one update, counters, and its row if it is logged."""
         with self.seconds:
-            self.at(f"step {self.step + 1}, its beginning")
             if self.shard is not None:
                 batches = [batch.part(self.shard.tokens) for batch in batches]
                 self.shard.sent = 0

@@ -31,7 +31,7 @@ class SequenceShard:
         self.rank = world.sequence_rank
         self.lengths = tuple(lengths)
         self.sent = self.received = 0
-        self._group = world.sequence_group
+        self._group, self._calls = world.sequence_group, world.calls
 
     @property
     def tokens(self) -> slice:
@@ -49,6 +49,7 @@ class SequenceShard:
 
     def _all_to_all(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
         got = rows.new_empty(sum(receive), rows.shape[1])
+        self._calls.number += 1
         dist.all_to_all_single(got, rows.contiguous(), list(receive), list(send), group=self._group)
         bytes_of_a_row = rows.shape[1] * rows.element_size()
         self.sent += (sum(send) - send[self.rank]) * bytes_of_a_row

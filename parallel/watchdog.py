@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Self
+from typing import NamedTuple, Self
 
 from parallel.agree import AgreedError
 from parallel.world import World
@@ -36,16 +36,24 @@ FAILED = 1
 _REASON = "watch/failed"
 
 
+class Said(NamedTuple):
+    """What a rank tells the others: how often it has, how often its main thread came further, and where that is."""
+
+    ticks: int
+    came: int
+    place: str
+
+
 class Watchdog:
     """The watch of one rank. `on_failure` is told why the job ends, on the lowest rank that is left; `at` says how far
     the main thread has come. Alone there is nobody to watch, and no thread."""
 
-    def __init__(self, world: World, seconds: float) -> None:
-        self.world, self.seconds = world, seconds
+    def __init__(self, world: World, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self.world, self.seconds, self.clock = world, seconds, clock
         self.on_failure: Callable[[str], None] = lambda reason: None
         self._place, self._count, self._ticks = "the start", 0, 0
         self._others = [rank for rank in range(world.size) if rank != world.rank]
-        self._heard: dict[int, tuple[float, list]] = {}  # when a rank last told something new, and what
+        self._heard: dict[int, tuple[float, Said]] = {}  # when each rank last told something new, and what
         self._progress = 0.0  # when a main thread last came further
         self._looked = 0.0
         self._failed_since: float | None = None
@@ -103,60 +111,62 @@ class Watchdog:
 
     def _say(self) -> None:
         self._ticks += 1
-        self._store.set(f"watch/{self.world.rank}", json.dumps([self._ticks, self._count, self._place]))
+        came = self._count + self.world.calls.number if self._count else 0
+        self._store.set(f"watch/{self.world.rank}", json.dumps(Said(self._ticks, came, self._place)))
+
+    def _read(self) -> list[Said]:
+        words = self._store.multi_get([f"watch/{rank}" for rank in range(self.world.size)])
+        return [Said(*json.loads(each)) for each in words]
 
     def _look(self) -> str | None:
-        """Read what the others told; why the job must end, if it must."""
-        now, known = time.monotonic(), self._heard
-        told = self._store.multi_get([f"watch/{rank}" for rank in range(self.world.size)])
-        new = {rank: json.loads(words) for rank, words in enumerate(told)}
-        if not known or now - self._looked > 10 * PERIOD:  # at first; or this process was stopped as well
+        """Read what all ranks told; why the job must end, if it must."""
+        now, known = self.clock(), self._heard
+        if not known or now - self._looked > 10 * PERIOD:  # at first; or this process was stopped itself
             known, self._progress = {}, now
-        if any(rank in known and known[rank][1][1] != words[1] for rank, words in new.items()):
-            self._progress = now
-        self._heard = {
-            rank: known[rank] if rank in known and known[rank][1][0] == words[0] else (now, words)
-            for rank, words in new.items()
-        }
-        self._looked = now
-        if self._store.check([_REASON]):
-            self._failed_since = self._failed_since or now
-            return self._store.get(_REASON).decode() if now - self._failed_since > GRACE else None
+        self._heard, self._looked = {}, now
+        for rank, said in enumerate(self._read()):
+            when, before = known.get(rank, (now, said))
+            self._heard[rank] = (when if said == before else now, said)
+            self._progress = now if said.came != before.came else self._progress
         if silent := [rank for rank, (when, _) in self._heard.items() if now - when > self.seconds]:
             return (
                 f"nothing was heard for {self.seconds:g} s of {self._named(silent)}: stopped, or gone; {self._here()}"
             )
-        if min(count for _, (_, count, _) in self._heard.values()) and now - self._progress > self.seconds:
+        if min(said.came for _, said in self._heard.values()) and now - self._progress > self.seconds:
             return self._stuck()
+        if self._store.check([_REASON]):
+            self._failed_since = self._failed_since or now
+            return self._store.get(_REASON).decode() if now - self._failed_since > GRACE else None
         return None
 
     def _stuck(self) -> str:
-        counts = {rank: words[1] for rank, (_, words) in self._heard.items()}
+        counts = {rank: said.came for rank, (_, said) in self._heard.items()}
         behind = [rank for rank, count in counts.items() if count == min(counts.values())]
         if len(behind) == self.world.size:
             return f"no rank came any further for {self.seconds:g} s: all are at {self._place}"
         return f"{self._named(behind)} did not come any further for {self.seconds:g} s, and others wait; {self._here()}"
 
     def _named(self, ranks: list[int]) -> str:
-        return " and ".join(f"rank {rank} (last seen at {self._heard[rank][1][2]})" for rank in ranks)
+        return " and ".join(f"rank {rank} (last seen at {self._heard[rank][1].place})" for rank in ranks)
 
     def _here(self) -> str:
         return f"rank {self.world.rank} is at {self._place}"
 
     def _cause(self) -> str | None:
         """Why another rank is to blame for what went wrong on this one; waits until it is known."""
-        began = time.monotonic()
-        while time.monotonic() < began + LISTEN:
-            try:
+        try:
+            before, began = self._read(), self.clock()
+            while self.clock() < began + LISTEN:
                 if self._store.check([_REASON]):
                     return self._store.get(_REASON).decode()
-            except RuntimeError:
-                return None
-            if all(self._heard[rank][0] > began for rank in self._others):
-                return None
-            time.sleep(PERIOD / 5)
-        silent = [rank for rank in self._others if self._heard[rank][0] <= began]
-        return f"{self._named(silent)} ended without a word; {self._here()}" if silent else None
+                now = self._read()
+                silent = [rank for rank in self._others if now[rank].ticks == before[rank].ticks]
+                if not silent:
+                    return None
+                time.sleep(PERIOD / 5)
+        except RuntimeError:
+            return None
+        return f"{self._named(silent)} ended without a word; {self._here()}"
 
     def _agreed(self, reason: str) -> str:
         """The first reason that any rank had."""
@@ -168,8 +178,9 @@ class Watchdog:
     def _tell(self, reason: str) -> None:
         """To the user, once, from the lowest rank that is left."""
         with self._telling:
-            since = time.monotonic() - min(LISTEN, self.seconds)
-            if not self._told and all(rank > self.world.rank or self._heard[rank][0] <= since for rank in self._others):
+            since = self.clock() - min(4 * PERIOD, self.seconds)
+            lower = [rank for rank in self._others if rank < self.world.rank]
+            if not self._told and all(self._heard[rank][0] <= since for rank in lower):
                 self._told = True
                 self.on_failure(reason)
 

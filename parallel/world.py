@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -25,6 +25,13 @@ LOOPBACK = "127.0.0.1"
 CPU = torch.device("cpu")
 MESSAGE_BYTES = 64 << 20
 START_SECONDS = 600.0
+
+
+@dataclass
+class Calls:
+    """How many collectives this process has come to."""
+
+    number: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +50,7 @@ class World:
     sequence_group: dist.ProcessGroup | None = None
     device: torch.device = CPU
     store: dist.Store | None = None
+    calls: Calls = field(default_factory=Calls)
 
     @property
     def is_first(self) -> bool:
@@ -72,6 +80,7 @@ class World:
         if self.size == 1:
             return
         for some in _messages(tensors):
+            self.calls.number += 1
             flat = torch.cat([tensor.reshape(-1) for tensor in some])
             dist.all_reduce(flat)
             for tensor, summed in zip(some, flat.split([tensor.numel() for tensor in some]), strict=True):
@@ -81,6 +90,7 @@ class World:
         """The largest of the ranks' numbers: so all agree on a flag that one of them has raised."""
         if self.size == 1:
             return number
+        self.calls.number += 1
         told = torch.tensor([number], dtype=torch.int64, device=self.device)
         dist.all_reduce(told, dist.ReduceOp.MAX)
         return int(told)

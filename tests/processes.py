@@ -7,11 +7,14 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +29,7 @@ def run_ranks(
     work: a function of a module; what it takes and returns can be pickled, tensors too. AssertionError with the
     traceback of each rank that failed, or with the stacks of those that were still at work when the time was over.
     """
-    # The server imports torch once; each rank is its fork, made before torch has any thread.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed", "lmtrain.train", "tests.processes"])
+    context = _server()
     with tempfile.TemporaryDirectory() as folder:
         ends, processes = [], []
         for rank in range(ranks):
@@ -45,6 +46,57 @@ def run_ranks(
             for process in processes:
                 process.kill()
                 process.join()
+
+
+@contextmanager
+def started_ranks(ranks: int, folder: Path, work: Callable[..., int], *arguments: Any) -> Iterator[list[BaseProcess]]:
+    """Processes that a launcher would have started, each of which ends with what `work(*arguments)` returns.
+
+    They find each other as under torchrun; what one writes to stderr is in `folder/RANK.err`. Whatever still lives at
+    the end is killed.
+    """
+    from torch.distributed import TCPStore
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    context = _server()
+    processes = []
+    for rank in range(ranks):
+        job = (rank, ranks, store.port, str(folder), work, arguments)
+        processes.append(context.Process(target=_started, args=job, daemon=True))
+        processes[-1].start()
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def exit_codes(processes: list[BaseProcess], seconds: float = SECONDS) -> list[int | None]:
+    """How they ended, None for those that did not within `seconds`; -N: by signal N."""
+    deadline = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+    return [process.exitcode for process in processes]
+
+
+def _started(rank: int, ranks: int, port: int, folder: str, work: Callable[..., int], arguments: Any) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "GLOO_SOCKET_IFNAME": "lo"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    import torch
+
+    torch.set_num_threads(1)
+    os.dup2(os.open(f"{folder}/{rank}.err", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    sys.stderr = os.fdopen(2, "w", buffering=1)
+    sys.exit(work(*arguments))
+
+
+def _server() -> Any:
+    """It imports torch once; each rank is its fork, made before torch has any thread."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch.distributed", "lmtrain.train", "tests.processes"])
+    return context
 
 
 def _results(ends: list[Connection], folder: str, seconds: float) -> list:
