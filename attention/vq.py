@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention.clock import Clock, read_clock
+from attention.earlier import EarlierTokens
 from attention.lifetimes import FOREVER, Lifetimes, living_pairs
 from attention.mixer import (
     Context,
@@ -40,9 +41,10 @@ from attention.mixer import (
 )
 from attention.online import OnlineMeans
 from attention.ops.attend import KeySet, attend_union
-from attention.ops.codes import code_prefix, look_up, straight_through, vq_assign
+from attention.ops.codes import code_prefix, code_totals, look_up, straight_through, vq_assign
 from attention.ops.norm import rms_norm
 from attention.ops.rotary import apply_rotary
+from attention.shard import tied, to_higher
 from attention.softmax import AttentionConfig
 from attention.spans import Blocks, with_earlier
 from attention.tail import SpanState
@@ -123,6 +125,7 @@ class VQ(Mixer):
     """
 
     Config = VQConfig
+    sequence_parallel = "the last one or two blocks, and count and mean value of each code"
 
     def __init__(self, dim: int, config: VQConfig) -> None:
         super().__init__()
@@ -179,6 +182,11 @@ class VQ(Mixer):
             rows, carry, limit = state.tail.before(new, state.tail.size), state.folded, state.limit
             kept = rows["code"][:, :, : state.tail.size, 0]
             k = torch.cat([look_up(self.codebook.means, kept).to(k.dtype), k], 2)
+        elif clock.shard is not None:
+            tail = EarlierTokens(clock, self.alike, lambda there: int(self.kept(there).max()))
+            carry = self.before_shard(code, v, clock)
+            rows = tail.before({**new, "k": k})
+            k, rows["v"] = rows["k"], tied(rows["v"], carry[1])
         recent = with_earlier(clock, k.shape[2] - code.shape[2])
         carried = carry is not None
         plan = clock.once((self.alike, carried, limit), lambda: self.plan(recent, limit, carried))
@@ -204,6 +212,30 @@ class VQ(Mixer):
         if state is not None:
             state.go_on(new, prefix, clock, self.config.block)
         return attend_union(sets, time=clock.query_time, scale=1.0)[0]
+
+    def kept(self, clock: Clock) -> Tensor:
+        """How many tokens before the first one of the clock are met as themselves by it or a later one, int64 [B or 1]:
+        those of its block and of the one before."""
+        position, length = clock.position[:, 0], self.config.block
+        return position % length + torch.where(position < length, 0, length)
+
+    def before_shard(self, code: Tensor, v: Tensor, clock: Clock) -> tuple[Tensor, Tensor]:
+        """Count and mean [B, G, S, ..] of the codes of a document before the tokens that its first queries meet as
+        themselves; from code [B, G, T] and v [B, G, T, Dv] of each rank's tokens."""
+        shard = clock.shard
+        assert shard is not None
+        counts, means = [], []
+        for rank in range(shard.rank + 1, len(shard.lengths)) or [shard.rank]:
+            there = clock.of_rank(rank)
+            first, stop = there.starts[:, :1], there.time[:, :1] - self.kept(there)[:, None]
+            folded = (first <= clock.time) & (clock.time < stop)
+            count, mean = code_totals(code.masked_fill(~folded[:, None], self.config.codes), v, self.config.codes)
+            counts.append(count)
+            means.append(mean)
+        came_counts, came_means = to_higher(shard, counts), to_higher(shard, means)
+        count = came_counts.sum(0)
+        mean = (came_means * (came_counts / count.clamp(min=1))[..., None]).sum(0)
+        return count, mean
 
     def features_of(self, q: Tensor, dtype: torch.dtype, clock: Clock, recent: Clock) -> tuple[Tensor, Tensor]:
         """Columns of queries [B, H, T, 2F] and of keys [B or 1, 1, R, 2F], in `dtype`, whose products are the relative

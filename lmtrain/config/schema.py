@@ -144,6 +144,9 @@ class ParallelConfig:
     """Who computes."""
 
     engine: Literal["torch"] = setting("torch", "plain torch, on as many ranks as a launcher starts")
+    sequence: int = setting(
+        1, "ranks that share each sequence, every one a slice of its tokens; divides the processes", at_least=1
+    )
     timeout: float = setting(
         600.0,
         "seconds after which a job of several ranks ends because one of them is silent or none comes any further: more "
@@ -214,7 +217,7 @@ class Config:
         return self.train.batch_tokens // self.data.seq_len
 
     def micro_batch(self, ranks: int = 1) -> int:
-        """Sequences of one forward pass on each of `ranks`.
+        """Sequences of one forward pass on each of `ranks` that read sequences of their own.
 
         Unless set, the largest divisor of a rank's share whose tokens fit in MICRO_BATCH_TOKENS; at least 1.
         """
