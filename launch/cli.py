@@ -199,6 +199,10 @@ def _add_generate(sub: argparse.ArgumentParser) -> None:
 
 def _add_inspect(sub: argparse.ArgumentParser) -> None:
     _add_config(sub, "a YAML file, a shipped configuration, or a run's folder")
+    sub.add_argument("--world", type=_positive, metavar="N", help="what each of N ranks takes")
+    sub.add_argument("--sequence", type=_positive, metavar="P", help="of which P share a row (1)")
+    sub.add_argument("--zero", type=int, choices=range(4), help="stage of ZeRO, 0 = torch (as configured)")
+    sub.add_argument("--memory", metavar="80GB", help="of each device: find the smallest setting that fits")
     sub.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
 
@@ -314,10 +318,13 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 def _inspect(arguments: argparse.Namespace) -> int:
     from lmtrain.config import load, reload
-    from lmtrain.inspect import inspect
+    from lmtrain.inspect import Asked, inspect
+    from lmtrain.rank_memory import bytes_of
 
     read = reload if Path(arguments.config).is_dir() else load
-    inspection = inspect(read(arguments.config, arguments.overrides))
+    memory = None if arguments.memory is None else bytes_of(arguments.memory)
+    asked = Asked(arguments.world, arguments.sequence or 1, arguments.zero, memory)
+    inspection = inspect(read(arguments.config, arguments.overrides), None if asked == Asked() else asked)
     _show(arguments, inspection.to_json, inspection.format)
     return 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,7 +16,8 @@ from lmtrain import checkpoint
 from lmtrain.config import Config, OptimizerConfig, differences, reload
 from lmtrain.config.problems import Problem
 from lmtrain.model import DecoderLM
-from lmtrain.optimizer import build_optimizer
+from lmtrain.optimizer import build_optimizer, torch_adamw
+from parallel.deepspeed import DeepSpeedEngine
 from parallel.engine import Engine, TorchEngine
 from parallel.world import ALONE, World, launched
 
@@ -83,14 +85,17 @@ def build_model(config: Config, device: torch.device) -> DecoderLM:
 
 def build_engine(config: Config, model: DecoderLM, device: torch.device, world: World = ALONE) -> Engine:
     """The engine that trains `model`, together with those of the other ranks."""
-    return TorchEngine(
+    how: dict[str, Any] = {"device": device, "dtype": config.train.dtype, "clip": config.train.clip, "world": world}
+    if config.parallel.engine == "torch":
+        return TorchEngine(model, build_optimizer(model, config.optimizer), compile=config.train.compile, **how)
+    return DeepSpeedEngine(
         model,
-        build_optimizer(model, config.optimizer),
-        device=device,
-        dtype=config.train.dtype,
-        clip=config.train.clip,
-        compile=config.train.compile,
-        world=world,
+        torch_adamw(model, config.optimizer),
+        stage=config.parallel.zero,
+        micro_batch=config.micro_batch(world.data_size),
+        offload=config.parallel.offload,
+        extra=config.parallel.deepspeed,
+        **how,
     )
 
 

@@ -116,6 +116,9 @@ class Training:
         self.data: Data = first_before_others(world, lambda: build_data(config))
         self.config = config = with_vocabulary(config, self.data.tokenizer)
         self.model = build_model(config, self.device)
+        # Before the engine: it may put weights away, and then they have no sizes to be read.
+        self.parameters = parameter_count(self.model)
+        self.step_flops = 3 * self.model.cost(config.data.seq_len).flops * config.batch_sequences
         self.engine = build_engine(config, self.model, self.device, world)
         self.loader = make_loader(config, self.data.train, world)
         micro_batch = config.micro_batch(world.data_size)
@@ -129,14 +132,16 @@ class Training:
         self.saver = Saver(run, world, keep=config.checkpoint.keep, background=background, complain=self._complain)
         self.parent: str | None = None
         self.seconds = Stopwatch()
-        sequences = config.batch_sequences
-        self.step_flops = 3 * self.model.cost(config.data.seq_len).flops * sequences
         peak = peak_flops(self.device, config.train.dtype)
         self.peak_flops = None if peak is None else peak * world.size
         self.board: Board | None = None
 
     def go(self, resume: Path | None, fresh: bool) -> int:
         """Resume or begin, train, and say how it ended."""
+        with closing(self.engine):
+            return self._go(resume, fresh)
+
+    def _go(self, resume: Path | None, fresh: bool) -> int:
         start = self._restore(resume, fresh)
         if self.world.is_first and not (self.run.path / "config.yaml").exists():
             configuration.save(self.config, self.run.path / "config.yaml")
@@ -189,9 +194,10 @@ class Training:
                 number = micro * self.world.data_size + self.world.data_rank  # in the step, whoever reads it
                 seed = _seed(self.config.run.seed, self.step, number, self.world.sequence_rank)
                 state = None if self.streams is None else self.streams.at(micro, batch.begins)
-                self.engine.backward(self.engine.forward_loss(batch.tokens, batch.labels, ctx, scored, seed, state))
+                loss = self.engine.forward_loss(batch.tokens, batch.labels, ctx, scored, seed, state)
+                self.engine.backward(fault.before_backward(self.step + 1, loss))
             self.at(f"step {self.step + 1}, the update")
-            fault.before_update(self.step + 1, self.model.parameters())
+            fault.before_update(self.step + 1)
             info = self.engine.step(learning_rate(self.step, self.config.train.steps, self.config.optimizer))
             mixers = watch.read(statistics or {})
         self.step += 1
@@ -269,7 +275,7 @@ class Training:
 
     def _evaluate(self) -> Evaluation:
         """Score the beginning of the validation split; the row and the board get the numbers."""
-        result = self._scored()
+        result = self.engine.reading(self._scored)
         protocol = result.protocol
         row = {"step": self.step, "tokens": self.tokens, "split": protocol.split, "loss": result.loss}
         row |= {"bits_per_byte": result.bits_per_byte, "scored_tokens": result.scored_tokens}
@@ -365,7 +371,7 @@ class Training:
         text = self.data.train
         self.progress.note(
             f"{self.run.path.name}: {model.layers} layers of {model.pattern!r}, "
-            f"{parameter_count(self.model):,} parameters, {self.device.type}"
+            f"{self.parameters:,} parameters, {self.device.type}"
             + (f" with {torch.get_num_threads()} threads" if self.device.type == "cpu" else "")
         )
         self.progress.note(

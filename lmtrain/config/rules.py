@@ -11,6 +11,7 @@ from attention.divisors import nearest_divisors
 from attention.mixer import MIXERS, nearest
 from lmtrain.config.problems import Problem
 from lmtrain.config.schema import BYTE_VOCABULARY, Config
+from parallel.deepspeed_settings import deepspeed_settings
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,10 @@ EFFECTS = [
         "data.corpus",
         lambda c: c.data.corpus != "enwik8",
         "enwik8 has its own split",
+    ),
+    *(
+        Effect(key, "parallel.engine", lambda c: c.parallel.engine == "deepspeed", "only deepspeed knows it")
+        for key in ("parallel.zero", "parallel.offload", "parallel.deepspeed")
     ),
 ]
 
@@ -189,6 +194,35 @@ def _validation_share(config: Config, ranks: int) -> str | None:
     except ValueError:
         return None  # the path of a file
     return None if 0 < share < 1 else "must be a share > 0 and < 1, or the path of a file"
+
+
+@rule("parallel.engine", "train.dtype", "train.compile", "optimizer.kind")
+def _deepspeed_can(config: Config, ranks: int) -> str | None:
+    if config.parallel.engine != "deepspeed":
+        return None
+    found = {
+        "train.dtype float16 (it has no loss scale here; use bfloat16 or float32)": config.train.dtype == "float16",
+        "train.compile (its hooks on the layers break the graph)": config.train.compile,
+        "optimizer.kind muon (it sees vectors cut from the matrices; use adamw)": config.optimizer.kind == "muon",
+    }
+    wrong = " or ".join(what for what, is_set in found.items() if is_set)
+    return f"does not work with {wrong}; or use the engine torch" if wrong else None
+
+
+@rule("parallel.deepspeed", "parallel.zero", "parallel.offload", "train.clip")
+def _deepspeed_settings_add(config: Config, ranks: int) -> str | None:
+    if config.parallel.engine != "deepspeed":
+        return None
+    try:
+        deepspeed_settings(
+            stage=config.parallel.zero,
+            clip=config.train.clip,
+            offload=config.parallel.offload,
+            extra=config.parallel.deepspeed,
+        )
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _pattern_problems(config: Config, faulty: set[str]) -> Iterator[Problem]:
