@@ -29,11 +29,24 @@ def work(world: World, folder: Path, name: str, words: list[str]) -> Any:
     return train(load(folder / "tiny.yaml", settings, ranks=world.size), world=world)
 
 
-@pytest.mark.parametrize(("ranks", "sequence"), [(2, 2), (4, 2)])
-def test_a_run_that_shares_sequences_is_a_run_of_one_process(tmp_path: Path, ranks: int, sequence: int) -> None:
+@pytest.mark.parametrize(
+    ("ranks", "sequence", "stage"),
+    [
+        (2, 2, None),
+        (4, 2, None),
+        (2, 2, 3),
+        *(pytest.param(2, 2, stage, marks=pytest.mark.slow) for stage in (1, 2)),
+        *(pytest.param(4, 2, stage, marks=pytest.mark.slow) for stage in (1, 2, 3)),
+    ],
+)
+def test_a_run_that_shares_sequences_is_a_run_of_one_process(
+    tmp_path: Path, ranks: int, sequence: int, stage: int | None
+) -> None:
+    """By plain torch, and by each stage of ZeRO; alone, and beside other ranks that have rows of their own."""
     tiny.write(tmp_path)
     assert work(ALONE, tmp_path, "one", WORDS) == DONE
-    words = [*WORDS, f"parallel.sequence={sequence}"]
+    engine = [] if stage is None else ["parallel.engine=deepspeed", f"parallel.zero={stage}"]
+    words = [*WORDS, f"parallel.sequence={sequence}", *engine]
     assert run_ranks(ranks, work, tmp_path, "shared", words, sequence=sequence) == [DONE] * ranks
 
     one, shared = (read_metrics(tmp_path / name) for name in ("one", "shared"))
