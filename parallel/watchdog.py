@@ -33,6 +33,7 @@ GRACE = 20.0
 """Seconds that the main thread has to end a process by itself; launchers give 30."""
 FAILED = 1
 """The exit code of a process that the watch ends."""
+STORE_GONE = "the store that the ranks share is gone, and with it rank 0 or the launcher that keeps it"
 _REASON = "watch/failed"
 
 
@@ -109,7 +110,7 @@ class Watchdog:
                 self._say()
                 reason = self._look()
             except RuntimeError as error:
-                reason = f"rank {self.world.rank} cannot reach the store that the ranks share: {error}"
+                reason = f"{STORE_GONE} ({error}); {self._here()}"
             if reason is not None and not self._over.is_set():
                 self._end(reason)
 
@@ -127,11 +128,12 @@ class Watchdog:
         now, known = self.clock(), self._heard
         if not known or now - self._looked > 10 * PERIOD:  # at first; or this process was stopped itself
             known, self._progress = {}, now
-        self._heard, self._looked = {}, now
+        heard = {}
         for rank, said in enumerate(self._read()):
             when, before = known.get(rank, (now, said))
-            self._heard[rank] = (when if said == before else now, said)
+            heard[rank] = (when if said == before else now, said)
             self._progress = now if said.came != before.came else self._progress
+        self._heard, self._looked = heard, now  # at once: the main thread reads it, too
         if silent := [rank for rank, (when, _) in self._heard.items() if now - when > self.seconds]:
             return (
                 f"nothing was heard for {self.seconds:g} s of {self._named(silent)}: stopped, or gone; {self._here()}"
@@ -168,8 +170,8 @@ class Watchdog:
                 if not silent:
                     return None
                 time.sleep(PERIOD / 5)
-        except RuntimeError:
-            return None
+        except RuntimeError as error:
+            return f"{STORE_GONE} ({error}); {self._here()}"
         return f"{self._named(silent)} ended without a word; {self._here()}"
 
     def _agreed(self, reason: str) -> str:

@@ -9,6 +9,7 @@ rank = data_rank x sequence + sequence_rank.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -172,6 +173,9 @@ def join(sequence: int = 1, timeout: float = START_SECONDS, store: dist.Store | 
     if size == 1:
         yield ALONE
         return
+    # Optimizers import it. Once imported in a process group it never lets that go, and then the threads of the group,
+    # still there when Python ends, abort the process now and then.
+    importlib.import_module("torch._dynamo")
     rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
     device = CPU
     if torch.cuda.is_available():

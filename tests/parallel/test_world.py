@@ -1,12 +1,13 @@
 """Who is who among several processes, and what they agree on."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from parallel.world import ALONE, World, join, launched
-from tests.processes import run_ranks
+from tests.processes import exit_codes, run_ranks, started_ranks
 
 
 def test_alone_nobody_is_asked() -> None:
@@ -38,6 +39,47 @@ def _agreement(world: World) -> Any:
 def test_sums_maxima_and_words() -> None:
     expected = ([[[3.0] * 3] * 2, 3, 6.0], 7, [0, 100, 200])
     assert run_ranks(3, _agreement) == [expected] * 3
+
+
+def _to_first(world: World) -> Any:
+    mine = {
+        f"{world.rank}.x": torch.full((world.rank + 1, 2), float(world.rank)),
+        f"{world.rank}.flag": torch.tensor(True),
+    }
+    if world.rank == 2:
+        mine["2.empty"] = torch.zeros(0, 3, dtype=torch.int32)
+        mine["2.strided"] = torch.arange(6, dtype=torch.bfloat16).view(2, 3).T
+    collected = world.to_first(mine)
+    return {name: (str(t.dtype), t.tolist()) for name, t in collected.items()}
+
+
+def test_tensors_of_all_ranks_on_the_first() -> None:
+    first, second, third = run_ranks(3, _to_first)
+    assert list(second) == ["1.x", "1.flag"]
+    assert first == {"0.x": first["0.x"], "0.flag": ("torch.bool", True)} | second | third
+    assert first["2.x"] == ("torch.float32", [[2.0, 2.0]] * 3)
+    assert first["2.strided"] == ("torch.bfloat16", [[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]])
+    assert first["2.empty"] == ("torch.int32", [])
+
+
+def _threads_left() -> int:
+    """Threads of gloo after a world in which an optimizer was at work."""
+    with join() as world:
+        weight = torch.nn.Parameter(torch.ones(2))
+        weight.sum().backward()
+        torch.optim.AdamW([weight]).step()
+        world.barrier()
+        assert _gloo_threads()
+    return len(_gloo_threads())
+
+
+def _gloo_threads() -> list[str]:
+    return [name for task in Path("/proc/self/task").iterdir() if "gloo" in (name := (task / "comm").read_text())]
+
+
+def test_no_thread_of_a_group_is_left_when_python_ends(tmp_path: Path) -> None:
+    with started_ranks(2, tmp_path, _threads_left) as processes:
+        assert exit_codes(processes) == [0, 0], (tmp_path / "0.err").read_text()
 
 
 def _misfit(world: World) -> None:
