@@ -22,8 +22,7 @@ from tests.lmtrain import tiny
 from tests.processes import exit_codes, started_ranks
 
 CRASHED = 1
-SECONDS = 2.0
-PLAIN = ["train.micro_batch=1", f"parallel.timeout={SECONDS}"]
+PATIENCE = "parallel.timeout=4"  # of the watch, where it is to lose it
 
 
 def work(folder: Path, words: list[str], fault: str = "", mishap: Callable[[], None] | None = None) -> int:
@@ -32,7 +31,7 @@ def work(folder: Path, words: list[str], fault: str = "", mishap: Callable[[], N
     if mishap is not None and os.environ["RANK"] == "1":
         mishap()
     try:
-        return start(folder / "tiny.yaml", [*tiny.settings(folder), *PLAIN, *words])
+        return start(folder / "tiny.yaml", [*tiny.settings(folder), *words])
     except ValueError as error:
         print(f"told: {error}", file=sys.stderr)
         return USER_ERROR
@@ -104,9 +103,9 @@ def test_sigkill(tmp_path: Path, undisturbed: list[tuple[int, float]], rank: int
 @pytest.mark.parametrize("rank", [0, 1])
 def test_sigstop(tmp_path: Path, rank: int) -> None:
     tiny.write(tmp_path)
-    with started_ranks(2, tmp_path, work, tmp_path, [], f"step=6:stall:rank={rank}") as processes:
+    with started_ranks(2, tmp_path, work, tmp_path, [PATIENCE], f"step=6:stall:rank={rank}") as processes:
         assert exit_codes([processes[1 - rank]]) == [CRASHED]
-        assert f"nothing was heard for 2 s of rank {rank} (last seen at " in failed(tmp_path)
+        assert f"nothing was heard for 4 s of rank {rank} (last seen at " in failed(tmp_path)
         stacks = (tmp_path / f"{1 - rank}.err").read_text()
         assert "its threads:" in stacks
         assert "in sum_" in stacks, "the main thread waits in a collective"
@@ -124,11 +123,9 @@ def stuck() -> None:
 
 
 def test_a_main_thread_that_hangs(tmp_path: Path) -> None:
-    assert run(tmp_path, mishap=stuck) == [CRASHED, CRASHED]
-    assert failed(tmp_path) == (
-        "rank 1 (last seen at step 6, the update) did not come any further for 2 s, and others wait; "
-        "rank 0 is at step 6, the update"
-    )
+    assert run(tmp_path, PATIENCE, mishap=stuck) == [CRASHED, CRASHED]
+    expected = "rank 1 (last seen at step 6, the update) did not come any further for 4 s, and others wait; rank "
+    assert failed(tmp_path).startswith(expected)
     assert "in never" in (tmp_path / "1.err").read_text()
 
 
