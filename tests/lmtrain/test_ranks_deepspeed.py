@@ -1,13 +1,19 @@
 """Whole runs with ZeRO: the rows, evaluations and checkpoints of plain torch in one process."""
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 
 from lmtrain import checkpoint
-from lmtrain.train import DONE
+from lmtrain.train import DONE, STOPPED
+from tests.lmtrain import tiny
+from tests.lmtrain.test_rank_faults import CRASHED, failed, work
+from tests.lmtrain.test_rank_faults import run as run_started
 from tests.lmtrain.test_ranks import CODES, PLAIN, STREAM, assert_alike, rows_of, run
+from tests.processes import exit_codes, started_ranks
 
 
 def zero(stage: int) -> list[str]:
@@ -46,3 +52,30 @@ def test_checkpoints_go_from_engine_to_engine(tmp_path: Path, stage: int, words:
         resume = tmp_path / parent / "checkpoints/step-8"
         assert run(ranks, tmp_path, name, *words, *engine, resume=resume) == [DONE] * ranks
         assert_alike(tmp_path / name, tmp_path / parent, first=8, exact=exact)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["raise", "kill", "term"])
+def test_a_rank_that_fails(tmp_path: Path, what: str) -> None:
+    """The others wait for it in DeepSpeed's own groups, which know of no time limit."""
+    words = [*zero(3), "parallel.timeout=6"]
+    codes = run_started(tmp_path, *words, fault=f"step=6:{what}:rank=1")
+    if what == "term":
+        assert codes == [STOPPED, STOPPED]
+    else:
+        assert codes[0] == CRASHED
+        assert codes[1] == (CRASHED if what == "raise" else -signal.SIGKILL)
+        assert "rank 1" in failed(tmp_path)
+    assert run_started(tmp_path, *words) == [DONE, DONE]
+    assert [row["step"] for row in rows_of(tmp_path / "run") if "split" not in row] == list(range(1, 13))
+
+
+@pytest.mark.slow
+def test_a_rank_that_stands_still(tmp_path: Path) -> None:
+    words = [*zero(3), "parallel.timeout=6"]
+    tiny.write(tmp_path)
+    with started_ranks(2, tmp_path, work, tmp_path, words, "step=6:stall:rank=1") as processes:
+        assert exit_codes([processes[0]]) == [CRASHED]
+        assert "nothing was heard for 6 s of rank 1" in failed(tmp_path)
+        os.kill(processes[1].pid or 0, signal.SIGCONT)
+        assert exit_codes([processes[1]]) == [CRASHED]

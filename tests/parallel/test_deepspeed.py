@@ -26,6 +26,8 @@ CPU = torch.device("cpu")
 SPREAD = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}  # else the small weights are kept everywhere
 STAGES = (1, 2, 3)
 STEPS, ROWS, LENGTH, VOCABULARY = 20, 4, 16, 11
+SECONDS = 300.0
+LATE = 17  # where runs are cut in two
 MIXERS: dict[str, dict[str, Any]] = {
     "dense": {"kind": "dense", "heads": 3, "head_dim": 4},
     "vq": {"kind": "vq", "heads": 3, "position_features": 4, "block": 4, "codes": 4},
@@ -80,7 +82,7 @@ def spoil_gradient(loss: Tensor) -> Tensor:
     return loss
 
 
-def one_step(engine: Any, step: int, lr: float = 1e-3, spoil: Callable[[Tensor], Tensor] | None = None) -> StepInfo:
+def one_step(engine: Any, step: int, lr: float = 8e-4, spoil: Callable[[Tensor], Tensor] | None = None) -> StepInfo:
     """Rank r of W takes the rows r, r + W, .., each a micro-batch; `spoil`: what the last does to its last loss."""
     tokens, labels = batch(step)
     scored = int((labels >= 0).sum())
@@ -132,30 +134,30 @@ class Seen:
     pending_after_spoilt: float
     again: list[StepInfo]
     from_torch: list[StepInfo]
-    from_half: list[StepInfo]
-    half_differs: list[str]
+    from_late: list[StepInfo]
+    late_differs: list[str]
 
 
 def stage_on_ranks(world: World, stage: int, of_torch: State) -> Seen:
-    """All that is asked of a stage: training whole, from its own half-way state, and from torch's; a spoilt step."""
+    """All that is asked of a stage: training whole, from its own late state, and from torch's; a spoilt step."""
     with engine_of(stage, world) as engine:
-        infos = train(engine, last=STEPS // 2)
-        half = copied(engine)
-        infos += train(engine, first=STEPS // 2)
+        infos = train(engine, last=LATE)
+        late = copied(engine)
+        infos += train(engine, first=LATE)
         whole = copied(engine)
         spoilt = [one_step(engine, 0, spoil=how).skipped for how in (spoil_value, spoil_gradient)]
         changed = same_bits(whole, copied(engine))
         pending = sum(float(x.abs().sum()) for x in engine.model.pending())  # type: ignore[operator]
         again = train(engine, last=2)
-    shared = [half] if world.size == 1 else broadcast(half)
+    shared = [late] if world.size == 1 else broadcast(late)
     with engine_of(stage, world) as engine:
         one_step(engine, 5)  # whatever there was is replaced
         engine.load_state(shared[0])
-        from_half = train(engine, first=STEPS // 2)
+        from_late = train(engine, first=LATE)
         differs = same_bits(whole, copied(engine))
         engine.load_state(of_torch)
-        from_torch = train(engine, first=STEPS // 2)
-    return Seen(infos, whole, spoilt, changed, pending, again, from_torch, from_half, differs)
+        from_torch = train(engine, first=LATE)
+    return Seen(infos, whole, spoilt, changed, pending, again, from_torch, from_late, differs)
 
 
 def broadcast(state: State) -> list[State]:
@@ -170,10 +172,10 @@ def on_ranks(world: World, of_torch: State, stages: tuple[int, ...]) -> dict[int
 
 @dataclasses.dataclass
 class Reference:
-    """Torch in one process: all steps, the state half-way and at the end."""
+    """Torch in one process: all steps, the state late and at the end."""
 
     infos: list[StepInfo]
-    half: State
+    late: State
     whole: State
     again: list[StepInfo]
 
@@ -181,26 +183,26 @@ class Reference:
 @pytest.fixture(scope="module")
 def reference() -> Reference:
     with engine_of("torch") as engine:
-        infos = train(engine, last=STEPS // 2)
-        half = copied(engine)
-        infos += train(engine, first=STEPS // 2)
+        infos = train(engine, last=LATE)
+        late = copied(engine)
+        infos += train(engine, first=LATE)
         whole = copied(engine)
         assert infos[-1].loss < 0.8 * infos[0].loss
         assert min(info.grad_norm for info in infos) > 0.5, "every step must be clipped"
-        return Reference(infos, half, whole, train(engine, last=2))
+        return Reference(infos, late, whole, train(engine, last=2))
 
 
 @pytest.mark.parametrize("ranks", [2, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (1, 4))])
 def test_every_stage_is_plain_torch(reference: Reference, ranks: int) -> None:
     """The same losses, norms, weights and moments, whole and continued from any state; the same bits from its own."""
-    outcomes = run_ranks(ranks, on_ranks, reference.half, STAGES)
+    outcomes = run_ranks(ranks, on_ranks, reference.late, STAGES, seconds=SECONDS)
     for stage in STAGES:
         seen: Seen = outcomes[0][stage]
         check_infos(seen.infos, reference.infos)
         check_state(seen.state, reference.whole, 1e-5)
-        check_infos(seen.from_torch, reference.infos[STEPS // 2 :])
-        assert seen.from_half == seen.infos[STEPS // 2 :], f"stage {stage}"
-        assert seen.half_differs == [], f"stage {stage}"
+        check_infos(seen.from_torch, reference.infos[LATE:])
+        assert seen.from_late == seen.infos[LATE:], f"stage {stage}"
+        assert seen.late_differs == [], f"stage {stage}"
         assert seen.spoilt == [True, True]
         assert seen.changed_by_spoilt == [], f"stage {stage}"
         assert seen.pending_after_spoilt == 0
@@ -330,7 +332,7 @@ def more_on_ranks(world: World, stages: tuple[int, ...]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def two_ranks() -> list[dict[str, Any]]:
-    return run_ranks(2, more_on_ranks, STAGES)
+    return run_ranks(2, more_on_ranks, STAGES, seconds=SECONDS)
 
 
 @pytest.mark.parametrize("stage", STAGES)
