@@ -23,8 +23,7 @@ from attention.lifetimes import Lifetimes
 class Shard(Protocol):
     """Which slice of a row this process has; by `exchange` all processes of the row talk, all at the same time.
 
-    rank: of this process; lengths: tokens of each rank, in their order. A new object for each length will do, or one
-    for all steps.
+    rank: of this process; lengths: tokens of each rank, in their order. One object may serve all steps.
     """
 
     @property
