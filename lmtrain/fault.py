@@ -15,9 +15,10 @@ and returns.
 import os
 import re
 import signal
-from collections.abc import Iterable
 from functools import cache
-from typing import Any, NoReturn
+from typing import NoReturn
+
+from torch import Tensor
 
 VARIABLE = "LMTRAIN_FAULT"
 _GRAMMAR = re.compile(
@@ -58,8 +59,14 @@ def before(point: str) -> None:
         _die()
 
 
-def before_update(step: int, parameters: Iterable[Any]) -> None:
-    """Called between the backward and the update of step `step`, with tensors that carry `.grad`."""
+def before_backward(step: int, loss: Tensor) -> Tensor:
+    """Called with each loss of step `step`: the same, or one whose gradients are NaN. (Of gradients themselves an
+    engine may have made something else by the time of the update.)"""
+    return loss * float("nan") if f"step={step}:grad=nan" in _faults() else loss
+
+
+def before_update(step: int) -> None:
+    """Called between the backward and the update of step `step`."""
     faults = _faults()
     if f"step={step}:kill" in faults:
         _die()
@@ -69,10 +76,6 @@ def before_update(step: int, parameters: Iterable[Any]) -> None:
         raise RuntimeError(f"raised on purpose at step {step}")
     if f"step={step}:term" in faults:
         os.kill(os.getpid(), signal.SIGTERM)
-    if f"step={step}:grad=nan" in faults:
-        for parameter in parameters:
-            if parameter.grad is not None:
-                parameter.grad.fill_(float("nan"))
 
 
 def _faults() -> frozenset[str]:

@@ -17,6 +17,7 @@ from attention.mixer import MIXERS, Cost, build, parameter_count
 from lmtrain.config import BYTE_VOCABULARY, Config, to_dict
 from lmtrain.memory import Memory, estimate_memory, nbytes
 from lmtrain.model import DecoderLM
+from lmtrain.rank_memory import Layout, RankMemory, layout_of, rank_memory, smallest_fit
 from lmtrain.table import table
 
 
@@ -31,8 +32,69 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """What `inspect` is asked about several ranks. zero: None = as configured, 0 = torch; memory: bytes."""
+
+    world: int | None = None
+    sequence: int = 1
+    zero: int | None = None
+    memory: int | None = None
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """A layout, and what it takes on each rank; the smallest that fits, if a memory was given and one does."""
+
+    layout: Layout
+    memory: RankMemory
+    limit: int | None = None
+    fitting: tuple[Layout, RankMemory] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """For machines: bytes."""
+        found: dict[str, Any] = {"layout": dataclasses.asdict(self.layout)}
+        found["memory_bytes"] = dataclasses.asdict(self.memory)
+        if self.limit is not None:
+            found["limit_bytes"] = self.limit
+            found["smallest"] = None
+        if self.fitting is not None:
+            layout, memory = self.fitting
+            found["smallest"] = {"layout": dataclasses.asdict(layout), "memory_bytes": dataclasses.asdict(memory)}
+        return found
+
+    def format(self) -> str:
+        """For people."""
+        rows = [
+            ("weights", self.memory.weights, "float32"),
+            ("masters", self.memory.masters, "the weights that the optimizer moves"),
+            ("gradients", self.memory.gradients, "float32"),
+            ("optimizer", self.memory.optimizer, "moments"),
+            ("gathered", self.memory.gathered, "weights in parts, whole for a while"),
+            ("buffers", self.memory.buffers, "through which gradients travel"),
+            ("activations", self.memory.activations, "of a micro-batch (estimate)"),
+            ("logits", self.memory.logits, "the loss and what it keeps"),
+            ("total", self.memory.total, "peak of a step"),
+            ("host", self.memory.host, "offloaded to the memory of the CPU"),
+        ]
+        head = ["memory of each rank", "bytes", self.layout.in_words()]
+        shown = table(head, [[name, f"{number:,}", what] for name, number, what in rows])
+        return shown if self.limit is None else f"{shown}\n\n{self._verdict(self.limit)}"
+
+    def _verdict(self, limit: int) -> str:
+        if self.fitting is None:
+            return (
+                f"nothing fits {limit:,} bytes a rank; try more ranks, --sequence, or a model or data.seq_len smaller"
+            )
+        layout, memory = self.fitting
+        return (
+            f"smallest that fits {limit:,} bytes a rank: {layout.in_words()} ({memory.total:,} bytes)\n"
+            f"  {' '.join(layout.overrides())}"
+        )
+
+
+@dataclass(frozen=True)
 class Inspection:
-    """Parts in the order of the forward pass, their sum, and memory in bytes."""
+    """Parts in the order of the forward pass, their sum, and memory in bytes; `ranks` if these were asked about."""
 
     config: dict[str, Any]
     length: int
@@ -43,6 +105,7 @@ class Inspection:
     micro_batch: int
     checkpoint_bytes: int
     note: str
+    ranks: Ranks | None = None
 
     def to_json(self) -> dict[str, Any]:
         """For machines: work is per token, memory in bytes."""
@@ -71,6 +134,7 @@ class Inspection:
             "memory_bytes": {**dataclasses.asdict(self.memory), "state": self.total.state_bytes},
             "checkpoint_bytes": self.checkpoint_bytes,
             "note": self.note,
+            **({"ranks": self.ranks.to_json()} if self.ranks is not None else {}),
         }
 
     @property
@@ -85,6 +149,8 @@ class Inspection:
             f"training: {3 * self._forward:,.0f} FLOPs per token (3 x forward); causality: {self.causality}",
             table(["memory", "bytes", "what"], self._memory_lines()),
         ]
+        if self.ranks is not None:
+            blocks.append(self.ranks.format())
         return "\n\n".join([*blocks, self.note] if self.note else blocks)
 
     def _lines(self) -> list[list[str]]:
@@ -135,8 +201,11 @@ def _where(first: int | None, last: int | None) -> str:
     return f"layer {first} " if first == last else f"layers {first}-{last} each "
 
 
-def inspect(config: Config) -> Inspection:
-    """The cost of what `config` describes. No weights are made, no text is read."""
+def inspect(config: Config, asked: Asked | None = None) -> Inspection:
+    """The cost of what `config` describes, and if asked on several ranks. No weights are made, no text is read.
+
+    ValueError if the ranks asked about cannot share the work.
+    """
     note = ""
     if config.model.vocab_size is None:
         note = f"model.vocab_size is not known before the text is read: {BYTE_VOCABULARY} is assumed here"
@@ -154,7 +223,17 @@ def inspect(config: Config) -> Inspection:
         micro_batch=config.micro_batch(),
         checkpoint_bytes=nbytes(model.state_dict().values()) + memory.optimizer,
         note=note,
+        ranks=_ranks(config, model, asked) if asked is not None else None,
     )
+
+
+def _ranks(config: Config, model: DecoderLM, asked: Asked) -> Ranks:
+    layout = layout_of(config, asked.world or asked.sequence, asked.sequence, asked.zero)
+    fitting = None
+    if asked.memory is not None:
+        found = smallest_fit(config, model, asked.memory, asked.sequence, asked.world, asked.zero)
+        fitting = (found, rank_memory(config, model, found)) if found is not None else None
+    return Ranks(layout, rank_memory(config, model, layout), asked.memory, fitting)
 
 
 def _parts(config: Config, model: DecoderLM) -> list[Part]:

@@ -54,9 +54,54 @@ class Memory:
     training: int
 
 
+@dataclass(frozen=True)
+class Passing:
+    """Bytes that the forward and backward pass of some tokens take beside weights and gradients.
+
+    kept: until the backward pass; passing: on their way in it; largest: those of the layer that keeps most.
+    """
+
+    kept: int
+    kept_checkpointed: int
+    passing: int
+    largest: int
+    logits: int
+
+    @property
+    def activations(self) -> int:
+        """At the peak of the backward pass."""
+        return self.kept + self.passing
+
+    @property
+    def activations_checkpointed(self) -> int:
+        """The same where each layer is computed again."""
+        return self.kept_checkpointed + self.largest + self.passing
+
+    def peak(self, checkpointing: bool) -> int:
+        """In the backward pass, or before it, when the loss is computed."""
+        if checkpointing:
+            return max(self.activations_checkpointed, self.kept_checkpointed + self.logits)
+        return max(self.activations, self.kept + self.logits)
+
+
 def estimate_memory(config: Config, model: DecoderLM) -> Memory:
-    """Of `model`, which may lie on the meta device, trained as `config` says."""
-    tokens = config.micro_batch() * config.data.seq_len
+    """Of `model`, which may lie on the meta device, trained as `config` says, in one process."""
+    passing = estimate_passing(config, model, config.micro_batch() * config.data.seq_len)
+    weights = nbytes(model.parameters())
+    moments = nbytes(build_optimizer(model, config.optimizer).state().values())
+    return Memory(
+        weights=weights,
+        gradients=weights,
+        optimizer=moments,
+        activations=passing.activations,
+        activations_checkpointed=passing.activations_checkpointed,
+        logits=passing.logits,
+        training=2 * weights + moments + passing.peak(config.train.activation_checkpointing),
+    )
+
+
+def estimate_passing(config: Config, model: DecoderLM, tokens: int) -> Passing:
+    """Of `model` and a micro-batch of so many tokens."""
     narrow = FLOAT32 if config.train.dtype == "float32" else 2
     stream = config.model.dim * FLOAT32 * tokens
     blocks = [block_bytes(block, config.model, narrow) * tokens for block in model.layers]
@@ -65,23 +110,12 @@ def estimate_memory(config: Config, model: DecoderLM) -> Memory:
     ends = (2 + STREAMS_OF_NORM[config.model.norm]) * stream
     if narrow < FLOAT32:
         ends += narrow * sum(p.numel() for p in model.parameters() if p.dim() > 1)
-    kept, kept_checkpointed = sum(blocks) + ends, len(blocks) * stream + ends
-    activations, checkpointed = kept + passing, kept_checkpointed + max(blocks) + passing
-    logits = logits_bytes(tokens, config.model.dim, model.embedding.num_embeddings)
-    if config.train.activation_checkpointing:
-        step = max(checkpointed, kept_checkpointed + logits)
-    else:
-        step = max(activations, kept + logits)
-    weights = nbytes(model.parameters())
-    moments = nbytes(build_optimizer(model, config.optimizer).state().values())
-    return Memory(
-        weights=weights,
-        gradients=weights,
-        optimizer=moments,
-        activations=activations,
-        activations_checkpointed=checkpointed,
-        logits=logits,
-        training=2 * weights + moments + step,
+    return Passing(
+        kept=sum(blocks) + ends,
+        kept_checkpointed=len(blocks) * stream + ends,
+        passing=passing,
+        largest=max(blocks),
+        logits=logits_bytes(tokens, config.model.dim, model.embedding.num_embeddings),
     )
 
 

@@ -32,12 +32,16 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     adamw = [(name, p) for name, p in named if p not in matrices]
     parts: list[torch.optim.Optimizer] = []
     if adamw:
-        groups = _decay_groups(adamw, config.weight_decay)
-        parts.append(torch.optim.AdamW(groups, config.lr, config.betas, config.eps, fused=True))
+        parts.append(_adamw(adamw, config))
     if muon:
         groups = _decay_groups(muon, config.weight_decay)
         parts.append(torch.optim.Muon(groups, config.lr, adjust_lr_fn="match_rms_adamw"))
     return Optimizer(parts)
+
+
+def torch_adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """The same AdamW without any state: for an engine that makes it itself, of its part of the weights alone."""
+    return _adamw([(name, p) for name, p in model.named_parameters() if p.requires_grad], config)
 
 
 class Optimizer:
@@ -112,6 +116,10 @@ def hidden_matrices(model: nn.Module) -> set[Tensor]:
     linear = {module.weight for module in model.modules() if isinstance(module, nn.Linear)}
     plain = {weight for weight in linear - tables if not getattr(weight, "no_weight_decay", False)}
     return plain - {getattr(model, "head_weight", None)}
+
+
+def _adamw(named: Named, config: OptimizerConfig) -> torch.optim.AdamW:
+    return torch.optim.AdamW(_decay_groups(named, config.weight_decay), config.lr, config.betas, config.eps, fused=True)
 
 
 def _decay_groups(named: Named, weight_decay: float) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,9 +16,10 @@ from lmtrain import checkpoint
 from lmtrain.config import Config, OptimizerConfig, differences, reload
 from lmtrain.config.problems import Problem
 from lmtrain.model import DecoderLM
-from lmtrain.optimizer import build_optimizer
+from lmtrain.optimizer import build_optimizer, torch_adamw
+from parallel.deepspeed import DeepSpeedEngine
 from parallel.engine import Engine, TorchEngine
-from parallel.world import ALONE, World
+from parallel.world import ALONE, World, launched
 
 FREE_TO_CHANGE = (
     "run.dir", "data.path", "data.cache", "train.threads", "train.micro_batch", "log", "eval", "checkpoint", "parallel",
@@ -83,14 +85,17 @@ def build_model(config: Config, device: torch.device) -> DecoderLM:
 
 def build_engine(config: Config, model: DecoderLM, device: torch.device, world: World = ALONE) -> Engine:
     """The engine that trains `model`, together with those of the other ranks."""
-    return TorchEngine(
+    how: dict[str, Any] = {"device": device, "dtype": config.train.dtype, "clip": config.train.clip, "world": world}
+    if config.parallel.engine == "torch":
+        return TorchEngine(model, build_optimizer(model, config.optimizer), compile=config.train.compile, **how)
+    return DeepSpeedEngine(
         model,
-        build_optimizer(model, config.optimizer),
-        device=device,
-        dtype=config.train.dtype,
-        clip=config.train.clip,
-        compile=config.train.compile,
-        world=world,
+        torch_adamw(model, config.optimizer),
+        stage=config.parallel.zero,
+        micro_batch=config.micro_batch(world.data_size),
+        offload=config.parallel.offload,
+        extra=config.parallel.deepspeed,
+        **how,
     )
 
 
@@ -171,7 +176,16 @@ def check_run_folder(config: Config) -> list[Problem]:
     ]
 
 
-CHECKS = (check_data, check_device, check_run_folder, check_disk)
+def check_ranks(config: Config) -> list[Problem]:
+    """Whether the processes that a launcher started can share sequences as asked for."""
+    started, sequence = launched(), config.parallel.sequence
+    if started % sequence == 0:
+        return []
+    message = f"{sequence} ranks share a sequence, but {started} started: start a multiple of {sequence}"
+    return [Problem("", "parallel.sequence", f"{message} (torchrun --nproc-per-node {sequence} -m lmtrain train ..)")]
+
+
+CHECKS = (check_ranks, check_data, check_device, check_run_folder, check_disk)
 """All that is checked before training, beside the configuration itself."""
 
 

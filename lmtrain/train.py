@@ -46,6 +46,7 @@ from lmtrain.signals import StopRequest
 from lmtrain.streams import Streams
 from parallel.agree import AgreedError, by_first, first_before_others, together
 from parallel.engine import StepInfo
+from parallel.sequence import SequenceShard, even_lengths
 from parallel.watchdog import Watchdog
 from parallel.world import ALONE, World
 
@@ -118,24 +119,32 @@ class Training:
         self.data: Data = first_before_others(world, lambda: build_data(config))
         self.config = config = with_vocabulary(config, self.data.tokenizer)
         self.model = build_model(config, self.device)
+        # Before the engine: it may put weights away, and then they have no sizes to be read.
+        self.parameters = parameter_count(self.model)
+        self.step_flops = 3 * self.model.cost(config.data.seq_len).flops * config.batch_sequences
         self.engine = build_engine(config, self.model, self.device, world)
         self.loader = make_loader(config, self.data.train, world)
         micro_batch = config.micro_batch(world.data_size)
         self.streams = Streams(self.model, micro_batch, config.carry, world) if config.data.stream else None
+        self.shard: SequenceShard | None = None
+        if world.sequence > 1:
+            self.shard = SequenceShard(world, even_lengths(config.data.seq_len, world.sequence))
         self.step = self.samples = self.tokens = self.skipped = self.skips_in_a_row = 0
         background = config.checkpoint.asynchronous
         background = self.device.type == "cuda" if background is None else background
         self.saver = Saver(run, world, keep=config.checkpoint.keep, background=background, complain=self._complain)
         self.parent: str | None = None
         self.seconds = Stopwatch()
-        sequences = config.batch_sequences
-        self.step_flops = 3 * self.model.cost(config.data.seq_len).flops * sequences
         peak = peak_flops(self.device, config.train.dtype)
         self.peak_flops = None if peak is None else peak * world.size
         self.board: Board | None = None
 
     def go(self, resume: Path | None, fresh: bool) -> int:
         """Resume or begin, train, and say how it ended."""
+        with closing(self.engine):
+            return self._go(resume, fresh)
+
+    def _go(self, resume: Path | None, fresh: bool) -> int:
         start = self._restore(resume, fresh)
         if self.world.is_first and not (self.run.path / "config.yaml").exists():
             configuration.save(self.config, self.run.path / "config.yaml")
@@ -169,6 +178,9 @@ class Training:
     def _one_step(self, batches: list[Batch]) -> StepInfo:
         """Forward and backward over the micro-batches, one update, counters, and its row if it is logged."""
         with self.seconds:
+            if self.shard is not None:
+                batches = [batch.part(self.shard.tokens) for batch in batches]
+                self.shard.sent = 0
             scored, crc = self._over_ranks(
                 sum(int((batch.labels >= 0).sum()) for batch in batches), sum(batch.crc for batch in batches)
             )
@@ -179,14 +191,16 @@ class Training:
                     document_ends=_to(batch.document_ends, self.device),
                     statistics=statistics if micro == len(batches) - 1 else None,
                     debug=self.debug,
+                    shard=self.shard,
                 )
                 self.at(f"step {self.step + 1}, micro-batch {micro + 1} of {len(batches)}")
                 number = micro * self.world.data_size + self.world.data_rank  # in the step, whoever reads it
                 seed = _seed(self.config.run.seed, self.step, number, self.world.sequence_rank)
                 state = None if self.streams is None else self.streams.at(micro, batch.begins)
-                self.engine.backward(self.engine.forward_loss(batch.tokens, batch.labels, ctx, scored, seed, state))
+                loss = self.engine.forward_loss(batch.tokens, batch.labels, ctx, scored, seed, state)
+                self.engine.backward(fault.before_backward(self.step + 1, loss))
             self.at(f"step {self.step + 1}, the update")
-            fault.before_update(self.step + 1, self.model.parameters())
+            fault.before_update(self.step + 1)
             info = self.engine.step(learning_rate(self.step, self.config.train.steps, self.config.optimizer))
             mixers = watch.read(statistics or {})
         self.step += 1
@@ -238,6 +252,9 @@ class Training:
             row["auxiliary"] = info.auxiliary
         if mixers:
             row["mixers"] = mixers
+        if self.shard is not None:
+            sequences = config.batch_sequences // self.world.data_size
+            row["sent_per_token"] = self.shard.sent / (sequences * self.shard.lengths[self.shard.rank])
         seen = Pace(
             steps=config.train.steps,
             bits_per_byte=bits_per_byte(info.loss, self.data.train),
@@ -254,12 +271,14 @@ class Training:
         scalars = {f"train/loss{mark}": info.loss, f"train/bpb{mark}": seen.bits_per_byte}
         scalars |= {f"train/{key}": row[key] for key in ("lr", "grad_norm", "tokens", "skipped")}
         scalars |= {"perf/tokens_per_second": row["tokens_per_second"], "perf/memory": seen.memory}
+        if self.shard is not None:
+            scalars["perf/sent_per_token"] = row["sent_per_token"]
         self._scalars(scalars | {"perf/flops": seen.flops} | watch.tags(mixers))
         self.seconds.reset()
 
     def _evaluate(self) -> Evaluation:
         """Score the beginning of the validation split; the row and the board get the numbers."""
-        result = self._scored()
+        result = self.engine.reading(self._scored)
         protocol = result.protocol
         row = {"step": self.step, "tokens": self.tokens, "split": protocol.split, "loss": result.loss}
         row |= {"bits_per_byte": result.bits_per_byte, "scored_tokens": result.scored_tokens}
@@ -355,7 +374,7 @@ class Training:
         text = self.data.train
         self.progress.note(
             f"{self.run.path.name}: {model.layers} layers of {model.pattern!r}, "
-            f"{parameter_count(self.model):,} parameters, {self.device.type}"
+            f"{self.parameters:,} parameters, {self.device.type}"
             + (f" with {torch.get_num_threads()} threads" if self.device.type == "cpu" else "")
         )
         self.progress.note(

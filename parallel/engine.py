@@ -7,15 +7,17 @@ An engine works on any model with `loss(tokens, labels, ctx, state) -> (sum of n
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from parallel.world import ALONE, World
 
+Result = TypeVar("Result")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -78,6 +80,12 @@ class Engine(Protocol):
 
     def step(self, lr: float) -> StepInfo:
         """Update the weights by the gradients of all ranks, or skip the update on all of them; clear the gradients."""
+
+    def reading(self, work: Callable[[], Result]) -> Result:
+        """What `work()` returns, which may call the model outside of training: to evaluate, to generate.
+
+        On all ranks it must make the same forward passes in the same order, on whatever tokens.
+        """
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Everything that training changes, by name: `model` (parameters and buffers) and `optimizer`.
@@ -225,6 +233,10 @@ class TorchEngine:
                 parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 grads.append(parameter.grad)
         self.world.sum_(grads)
+
+    def reading(self, work: Callable[[], Result]) -> Result:
+        """What `work()` returns: the weights lie ready."""
+        return work()
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Everything that training changes, by name: `model` (parameters and buffers) and `optimizer`."""

@@ -11,11 +11,15 @@ from attention.divisors import nearest_divisors
 from attention.mixer import MIXERS, nearest
 from lmtrain.config.problems import Problem
 from lmtrain.config.schema import BYTE_VOCABULARY, Config
+from parallel.deepspeed_settings import deepspeed_settings
 
 
 @dataclass(frozen=True)
 class Rule:
-    """keys: the settings it reads; check: (config, ranks) -> what is wrong, or None."""
+    """keys: the settings it reads; check: (config, ranks) -> what is wrong, or None.
+
+    ranks: those that read sequences of their own.
+    """
 
     keys: tuple[str, ...]
     check: Callable[[Config, int], str | None]
@@ -62,6 +66,10 @@ EFFECTS = [
         lambda c: c.data.corpus != "enwik8",
         "enwik8 has its own split",
     ),
+    *(
+        Effect(key, "parallel.engine", lambda c: c.parallel.engine == "deepspeed", "only deepspeed knows it")
+        for key in ("parallel.zero", "parallel.offload", "parallel.deepspeed")
+    ),
 ]
 
 RULES: list[Rule] = []
@@ -78,9 +86,10 @@ def rule(*keys: str) -> Callable[[Callable[[Config, int], str | None]], Callable
 
 
 def broken_rules(config: Config, ranks: int, faulty: set[str]) -> Iterator[Problem]:
-    """Every broken rule, but for those that read a setting already known to be wrong."""
+    """Every broken rule, but for those that read a setting already known to be wrong; ranks: processes that train."""
+    readers = max(1, ranks // config.parallel.sequence) if "parallel.sequence" not in faulty else ranks
     for each in RULES:
-        if not faulty.intersection(each.keys) and (message := each.check(config, ranks)):
+        if not faulty.intersection(each.keys) and (message := each.check(config, readers)):
             yield Problem("", each.keys[0], message)
     if not faulty.intersection(("model", "model.pattern")):
         yield from _pattern_problems(config, faulty)
@@ -138,6 +147,24 @@ def _streams_go_on(config: Config, ranks: int) -> str | None:
     return "carries states, which train.compile does not know" if config.train.compile else None
 
 
+@rule("parallel.sequence", "data.seq_len", "data.stream", "train.compile")
+def _sequences_can_be_shared(config: Config, ranks: int) -> str | None:
+    sequence = config.parallel.sequence
+    if sequence == 1:
+        return None
+    if sequence > config.data.seq_len:
+        return f"each rank needs a token at least of the {config.data.seq_len} of data.seq_len"
+    if config.data.stream:
+        return (
+            "ranks that share sequences go on from each other, and data.stream from what was read before: set it to 1"
+        )
+    return (
+        "train.compile does not know what ranks tell each other inside a layer: set it to 1"
+        if config.train.compile
+        else None
+    )
+
+
 @rule("model.vocab_size", "data.tokenizer")
 def _vocabulary_holds_bytes(config: Config, ranks: int) -> str | None:
     size = config.model.vocab_size
@@ -167,6 +194,35 @@ def _validation_share(config: Config, ranks: int) -> str | None:
     except ValueError:
         return None  # the path of a file
     return None if 0 < share < 1 else "must be a share > 0 and < 1, or the path of a file"
+
+
+@rule("parallel.engine", "train.dtype", "train.compile", "optimizer.kind")
+def _deepspeed_can(config: Config, ranks: int) -> str | None:
+    if config.parallel.engine != "deepspeed":
+        return None
+    found = {
+        "train.dtype float16 (it has no loss scale here; use bfloat16 or float32)": config.train.dtype == "float16",
+        "train.compile (its hooks on the layers break the graph)": config.train.compile,
+        "optimizer.kind muon (it sees vectors cut from the matrices; use adamw)": config.optimizer.kind == "muon",
+    }
+    wrong = " or ".join(what for what, is_set in found.items() if is_set)
+    return f"does not work with {wrong}; or use the engine torch" if wrong else None
+
+
+@rule("parallel.deepspeed", "parallel.zero", "parallel.offload", "train.clip")
+def _deepspeed_settings_add(config: Config, ranks: int) -> str | None:
+    if config.parallel.engine != "deepspeed":
+        return None
+    try:
+        deepspeed_settings(
+            stage=config.parallel.zero,
+            clip=config.train.clip,
+            offload=config.parallel.offload,
+            extra=config.parallel.deepspeed,
+        )
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _pattern_problems(config: Config, faulty: set[str]) -> Iterator[Problem]:
@@ -203,11 +259,13 @@ def _mixer_problems(config: Config, name: str) -> Iterator[Problem]:
     found = chosen.problems(config.model.dim)
     for setting, message in found:
         yield Problem("", f"model.mixers.{name}.{setting}", message)
-    if found or not (config.data.stream or config.data.documents == "reset"):
+    if found or not (config.data.stream or config.data.documents == "reset" or config.parallel.sequence > 1):
         return
     with torch.device("meta"):
-        causality = kind.of(config.model.dim, chosen).causality
-    if causality == "strict":
+        mixer = kind.of(config.model.dim, chosen)
+    if config.parallel.sequence > 1 and mixer.sequence_parallel is None:
+        yield Problem("", "parallel.sequence", f"model.mixers.{name} cannot share a sequence among ranks: set it to 1")
+    if mixer.causality == "strict":
         return
     where, instead = f"model.mixers.{name} sees all at once", "or a selection that is strict"
     if config.data.documents == "reset":

@@ -143,7 +143,20 @@ class CheckpointConfig:
 class ParallelConfig:
     """Who computes."""
 
-    engine: Literal["torch"] = setting("torch", "plain torch, on as many ranks as a launcher starts")
+    engine: Literal["torch", "deepspeed"] = setting(
+        "torch", "`torch`: every rank holds everything; `deepspeed`: by ZeRO each holds a part"
+    )
+    sequence: int = setting(
+        1, "ranks that share each sequence, every one a slice of its tokens; divides the processes", at_least=1
+    )
+    zero: int = setting(
+        2, "with deepspeed, what is in parts: 1 moments, 2 gradients too, 3 weights too", at_least=1, at_most=3
+    )
+    offload: bool = setting(False, "with deepspeed: moments, and weights if in parts, lie in the memory of the CPU")
+    deepspeed: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"meaning": "with deepspeed: settings of its own JSON, added to those that are generated"},
+    )
     timeout: float = setting(
         600.0,
         "seconds after which a job of several ranks ends because one of them is silent or none comes any further: more "
@@ -214,7 +227,7 @@ class Config:
         return self.train.batch_tokens // self.data.seq_len
 
     def micro_batch(self, ranks: int = 1) -> int:
-        """Sequences of one forward pass on each of `ranks`.
+        """Sequences of one forward pass on each of `ranks` that read sequences of their own.
 
         Unless set, the largest divisor of a rank's share whose tokens fit in MICRO_BATCH_TOKENS; at least 1.
         """

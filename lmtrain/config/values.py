@@ -38,6 +38,8 @@ def read_value(node: Node, hint: Any) -> Any:
     hint = others[0]
     if typing.get_origin(hint) is tuple:
         return _read_tuple(node, typing.get_args(hint))
+    if typing.get_origin(hint) is dict:
+        return _read_mapping(node)
     if not isinstance(node.value, str):
         kind = "mapping" if isinstance(node.value, dict) else "list"
         raise ValueError(f"must be {in_words(hint)}, not a {kind}")
@@ -86,6 +88,31 @@ def _read_tuple(node: Node, hints: tuple[Any, ...]) -> tuple[Any, ...]:
     if not isinstance(items, list) or len(items) != len(hints):
         raise ValueError(f"must be a list of {len(hints)} numbers, [a, b]")
     return tuple(read_value(item, hint) for item, hint in zip(items, hints, strict=True))
+
+
+def _read_mapping(node: Node) -> dict[str, Any]:
+    """A mapping whose types nobody knows here: scalars are what JSON would make of them."""
+    value = _read_any(node)
+    if not isinstance(value, dict):
+        raise ValueError("must be a mapping, {name: value}")
+    return value
+
+
+def _read_any(node: Node) -> Any:
+    if isinstance(node.value, str) and node.value[:1] in ("{", "["):  # written behind a key of the command line
+        node = read_flow(node.value)
+    if isinstance(node.value, dict):
+        return {name: _read_any(child) for name, child in node.value.items()}
+    if isinstance(node.value, list):
+        return [_read_any(item) for item in node.value]
+    if node.value is None or node.value in ("true", "false"):
+        return None if node.value is None else node.value == "true"
+    for read in (_read_int, _read_float):
+        try:
+            return read(node.value)
+        except ValueError:
+            pass
+    return node.value
 
 
 def _read_choice(text: str, choices: list[Any]) -> Any:

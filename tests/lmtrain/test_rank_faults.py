@@ -115,7 +115,7 @@ def test_sigstop(tmp_path: Path, rank: int) -> None:
 
 
 def stuck() -> None:
-    def never(step: int, parameters: Any) -> None:
+    def never(step: int) -> None:
         while step == 6:
             time.sleep(0.01)
 

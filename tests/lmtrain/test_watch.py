@@ -11,6 +11,7 @@ import torch
 from attention.mixer import Context
 from launch.cli import main
 from lmtrain import checkpoint, fault, watch
+from lmtrain import train as training
 from lmtrain.model import DecoderLM
 from lmtrain.run import read_metrics, read_status
 from lmtrain.train import DONE, GAVE_UP, train
@@ -107,7 +108,7 @@ def test_a_resumed_run_says_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyP
         folder.mkdir()
     assert train(tiny.config(one, *CHOOSES)) == DONE
     with monkeypatch.context() as patch:
-        patch.setattr(fault, "before_update", _at(7, interrupt))
+        at(patch, 7, interrupt)
         with pytest.raises(KeyboardInterrupt):
             train(tiny.config(other, *CHOOSES))
     assert train(tiny.config(other, *CHOOSES)) == DONE
@@ -145,12 +146,17 @@ def interrupt(parameters: list[torch.Tensor]) -> None:
 # Debug mode
 
 
-def _at(step: int, do: Callable[[list[torch.Tensor]], Any]) -> Callable[[int, Any], None]:
-    def before_update(now: int, parameters: Any) -> None:
-        if now == step:
-            do(list(parameters))
+def at(patch: pytest.MonkeyPatch, step: int, do: Callable[[list[torch.Tensor]], Any]) -> None:
+    """`do` to the parameters before the update of a step."""
+    models: list[torch.nn.Module] = []
+    build = training.build_model
 
-    return before_update
+    def build_model(*arguments: Any) -> torch.nn.Module:
+        models.append(build(*arguments))
+        return models[-1]
+
+    patch.setattr(training, "build_model", build_model)
+    patch.setattr(fault, "before_update", lambda now: do(list(models[-1].parameters())) if now == step else None)
 
 
 def poison(parameters: list[torch.Tensor]) -> None:
@@ -162,7 +168,7 @@ def poison(parameters: list[torch.Tensor]) -> None:
 def test_without_debug_a_nan_flows_to_the_loss_and_steps_are_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fault, "before_update", _at(5, poison))
+    at(monkeypatch, 5, poison)
     assert train(tiny.config(tmp_path, *CHOOSES, "train.max_skips=3")) == GAVE_UP
     skipped = steps(tmp_path / "run")[5:]
     assert [(row["step"], row["loss"], row["skipped"]) for row in skipped] == [(6, None, 1), (7, None, 2), (8, None, 3)]
@@ -170,7 +176,7 @@ def test_without_debug_a_nan_flows_to_the_loss_and_steps_are_skipped(
 
 
 def test_in_debug_mode_it_stops_where_it_arises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fault, "before_update", _at(5, poison))
+    at(monkeypatch, 5, poison)
     with pytest.raises(FloatingPointError, match=r"layer 1: far: router scores are not finite: 64 NaN .* of 128"):
         train(tiny.config(tmp_path, *CHOOSES), debug=True)
     assert [row["step"] for row in steps(tmp_path / "run")] == [1, 2, 3, 4, 5]
@@ -191,7 +197,7 @@ def test_debug_changes_no_bit(tmp_path: Path) -> None:
 
 
 def test_the_command_line_asks_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fault, "before_update", _at(5, poison))
+    at(monkeypatch, 5, poison)
     words = ["train", str(tiny.write(tmp_path)), *tiny.settings(tmp_path, *CHOOSES)]
     with pytest.raises(FloatingPointError, match=r"layer 1: far: router scores"):
         main([*words, "--debug"])

@@ -66,6 +66,7 @@ def test_everything_at_once_in_the_order_of_the_file(base: Path) -> None:
     assert len(lines) == 5
 
 
+DEEPSPEED = ["parallel.engine=deepspeed"]
 RULES = [
     (["trian.steps=3"], "trian.steps: no such section: trian; did you mean train?"),
     (["train.step=3"], "train.step: no such setting of train; did you mean steps?"),
@@ -93,6 +94,21 @@ RULES = [
     (["model.init_std=0"], "model.init_std=0: must be > 0"),
     (["model.mixers.near.window=0"], "model.mixers.near.window=0: must be >= 1"),
     (["parallel.engine=deepsped"], "parallel.engine=deepsped: must be"),
+    (["parallel.zero=3"], "parallel.zero=3: has no effect with parallel.engine torch: only deepspeed knows it"),
+    (["parallel.offload=true"], "parallel.offload=true: has no effect with parallel.engine torch"),
+    (["parallel.deepspeed={a: 1}"], "parallel.deepspeed: has no effect with parallel.engine torch"),
+    ([*DEEPSPEED, "parallel.zero=0"], "parallel.zero=0: must be >= 1 and <= 3"),
+    ([*DEEPSPEED, "parallel.zero=4"], "parallel.zero=4: must be >= 1 and <= 3"),
+    ([*DEEPSPEED, "train.dtype=float16"], "parallel.engine=deepspeed: does not work with train.dtype float16"),
+    ([*DEEPSPEED, "train.compile=true"], "parallel.engine=deepspeed: does not work with train.compile"),
+    ([*DEEPSPEED, "optimizer.kind=muon"], "parallel.engine=deepspeed: does not work with optimizer.kind muon"),
+    ([*DEEPSPEED, "train.compile=true", "optimizer.kind=muon"], "does not work with train.compile (its hooks"),
+    ([*DEEPSPEED, "train.compile=true", "optimizer.kind=muon"], "or optimizer.kind muon (it sees"),
+    ([*DEEPSPEED, "parallel.deepspeed=3"], "parallel.deepspeed=3: must be a mapping, {name: value}"),
+    (
+        [*DEEPSPEED, "parallel.deepspeed={bf16: {enabled: true}, gradient_clipping: 1}"],
+        "parallel.deepspeed: bf16.enabled is decided by train.dtype; gradient_clipping is decided by train.clip",
+    ),
     (["train.batch_tokens=1000"], "not a multiple of data.seq_len 512 x ranks 1; nearest: 1024"),
     (["train.batch_tokens=100"], "nearest: 512"),
     (["train.batch_tokens=1279"], "nearest: 1024"),
@@ -155,6 +171,8 @@ def test_float16_trains_on_a_gpu_only_but_is_read_anywhere(base: Path, monkeypat
         ["optimizer.warmup=0"],
         ["optimizer.warmup=1"],
         ["train.clip=0"],
+        [*DEEPSPEED, "parallel.zero=3", "train.dtype=bfloat16", "train.activation_checkpointing=true"],
+        [*DEEPSPEED, "parallel.offload=true", "train.clip=0"],
     ],
 )
 def test_what_is_no_mistake(overrides: list[str], base: Path) -> None:

@@ -207,6 +207,28 @@ def test_saved_settings_read_back_equal(small: Path, tmp_path: Path) -> None:
     assert load(tmp_path / "config.yaml", ["optimizer.schedule=wsd"]).optimizer.decay == 0.2
 
 
+def test_settings_of_deepspeed_are_read_as_json_would(small: Path, tmp_path: Path) -> None:
+    overrides = [
+        "parallel.engine=deepspeed",
+        "parallel.deepspeed={a: true, b: 1e9, c: 0.5, d: auto, e: null, f: [1, x], g: {h: false}}",
+        "parallel.deepspeed.g.i={j: 2}",
+    ]
+    config = load(small, overrides)
+    expected = {
+        "a": True,
+        "b": 10**9,
+        "c": 0.5,
+        "d": "auto",
+        "e": None,
+        "f": [1, "x"],
+        "g": {"h": False, "i": {"j": 2}},
+    }
+    assert config.parallel.deepspeed == expected
+    assert type(config.parallel.deepspeed["b"]) is int
+    save(config, tmp_path / "config.yaml")
+    assert load(tmp_path / "config.yaml") == config
+
+
 def test_reload_follows_a_run_that_moved(small: Path, tmp_path: Path) -> None:
     for name in ("old", "new ${place}"):
         folder = tmp_path / name
