@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from attention.clock import Clock
 from attention.combiner import Combiner, CombinerConfig
+from attention.earlier import EarlierKeys, EarlierTokens, side_by_side
 from attention.lifetimes import FOREVER, Lifetimes, living_pairs
 from attention.mixer import Cost, init_fan_in
 from attention.ops.attend import attend
@@ -54,9 +55,15 @@ class AxialCombiner(Combiner, pattern="axial"):
         if state is not None:
             rows, limit = state.tail.before(new, state.tail.size), state.limit
             recent = with_earlier(clock, state.tail.size)
+        tail = None
+        if clock.shard is not None:
+            tail = EarlierTokens(clock, self.alike, lambda there: int((there.position[:, 0] % self.config.span).max()))
+            rows, recent = tail.before(new), with_earlier(clock, tail.size)
         life = clock.once((self.alike, limit), lambda: self.direct(recent, limit))
         parts = [attend(q, rows["k"], rows["v"], life, time=clock.query_time)]
-        if recent.time.shape[1] >= self.config.span or (state is not None and state.size):
+        if tail is not None:
+            parts.append(self.above_of_row(q, rows, clock, recent, tail))
+        elif recent.time.shape[1] >= self.config.span or (state is not None and state.size):
             parts.append(self.above(q, rows, clock, recent, state))
         if state is not None:
             state.keep(new, (clock.position[:, -1] + 1) % self.config.span, clock)
@@ -86,10 +93,41 @@ class AxialCombiner(Combiner, pattern="axial"):
             start = torch.cat([began, start.expand(len(q), -1)], 1)
             lanes = self.lanes(birth, start, clock.time.shape[1], state.limit)
             if complete:
-                never = own.until(torch.full_like(own.time, FOREVER)[:, None])
-                death = never.masked_fill(life.death == life.birth, 0)
-                state.extend(keys, values, Lifetimes(own.time[:, None].to(torch.int32), death), clock)
+                state.extend(keys, values, self.kept(life, own), clock)
             keys, values = torch.cat([old_k, keys], 2), torch.cat([old_v, values], 2)
+        return self.among(q, keys, values, lanes)
+
+    def above_of_row(
+        self, q: Tensor, rows: dict[str, Tensor], clock: Clock, recent: Clock, tail: EarlierTokens
+    ) -> tuple[Tensor, Tensor]:
+        """As `above`, of a shard: keys come from the lower ranks. Every rank goes through the same steps."""
+        life, start = clock.once((self.alike, "rows"), lambda: self.whole_rows(recent))
+        made, values = self.row_keys(rows, life, recent)
+
+        def lifetimes(there: Clock) -> Lifetimes:
+            theirs = with_earlier(there, tail.counts[there.shard_rank])
+            return self.kept(self.whole_rows(theirs)[0], theirs)
+
+        earlier = EarlierKeys(clock, (self.alike, "above"), lifetimes)
+        keys, values, known = earlier.extend(made, values, self.kept(life, recent), clock)
+        came = known.birth[:, :, : keys.shape[2] - made.shape[2]]
+
+        def lanes() -> Lanes:
+            began = torch.where(came < FOREVER, clock.whole.starts[:, None, max(clock.now - 1, 0), None], FOREVER)
+            birth = side_by_side([came.long(), recent.time[:, None]])[:, 0]
+            return self.lanes(birth, side_by_side([began, start[:, None]])[:, 0], clock.time.shape[1])
+
+        return self.among(q, keys, values, clock.once((self.alike, "lanes of shard", len(q)), lanes))
+
+    def kept(self, life: Lifetimes, clock: Clock) -> Lifetimes:
+        """Of the abstractions of the clock's tokens, `life` being what `whole_rows` says: to the end of the document,
+        or never where the row is not complete; int32 [B or 1, 1, R]."""
+        never = clock.until(torch.full_like(clock.time, FOREVER)[:, None])
+        death = never.masked_fill(life.death == life.birth, 0)
+        return Lifetimes(clock.time[:, None].to(torch.int32), death)
+
+    def among(self, q: Tensor, keys: Tensor, values: Tensor, lanes: Lanes) -> tuple[Tensor, Tensor]:
+        """(out, lse) of q [B, H, T, D] among abstractions."""
         out, lse = attend_lanes(q, keys, values, lanes)
         return out, lse + math.log(self.config.span) if self.config.span_bias else lse
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from attention.lifetimes import FOREVER
 from attention.mixer import Context
 from attention.ops.rotary import rotary_table
+from attention.shard import Shard, bounds, gather_tokens
 
 LONGEST_KEPT = 2**17  # tokens: the tables of longer rows are too large to keep between steps
 
@@ -37,6 +38,8 @@ class Clock:
 
     now: time of the first one; time [1, T] int64; position [B or 1, T] int64; end [B or 1, T] int64: when the
     token's document ends, FOREVER while unknown, None if no document ends within the row.
+    Of a sequence shard: `shard`; `row`, the clock of all its ranks' tokens, which begin at time 0; and which rank's
+    these tokens are.
     """
 
     now: int
@@ -44,6 +47,31 @@ class Clock:
     position: Tensor
     end: Tensor | None
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)
+    shard: Shard | None = None
+    row: Clock | None = None
+    shard_rank: int = 0
+
+    @property
+    def whole(self) -> Clock:
+        """The clock of the whole row: where there is no shard, this one."""
+        return self if self.row is None else self.row
+
+    @property
+    def mine(self) -> slice:
+        """Where these tokens stand among those of the whole row of a shard."""
+        return slice(self.now, self.now + self.time.shape[1])
+
+    def of_rank(self, rank: int) -> Clock:
+        """The clock of the tokens of a rank, from that of one of them, which knows the whole row."""
+        assert self.shard is not None
+        return self.whole.part(self.shard, rank)
+
+    def part(self, shard: Shard, rank: int) -> Clock:
+        """Of the clock of a whole row that of the tokens of one rank. Its memo is kept with the row's."""
+        here = slice(*bounds(shard, rank))
+        end = None if self.end is None else self.end[:, here]
+        memo: dict[Any, Any] = self.once(("shard", shard.lengths, rank), dict)
+        return Clock(here.start, self.time[:, here], self.position[:, here], end, memo, shard, self, rank)
 
     @staticmethod
     def plain(length: int, device: torch.device | None = None) -> Clock:
@@ -95,22 +123,59 @@ def read_clock(x: Tensor, ctx: Context | None, stream: Stream | None) -> Clock:
     """The clock of the new tokens x [B, T, ...], from what the context says and the stream has seen.
 
     Documents follow from either `positions` (a 0 begins one) or `document_ends`; what is not given goes on
-    from the stream. Raises ValueError for tensors of another shape than [B, T], or a stream of another batch.
+    from the stream. Of a shard times and positions are those in the whole row. Raises ValueError for tensors of another
+    shape than [B, T], or a stream of another batch, or of a shard.
     """
     batch, length = x.shape[:2]
+    if ctx is not None and ctx.shard is not None:
+        return _of_shard(ctx, batch, length, stream, x.device)
     if stream is not None and len(stream.start_B) != batch:
         raise ValueError(f"the state was made for {len(stream.start_B)} sequences, got {batch}")
     if ctx is None or (ctx.positions is None and ctx.document_ends is None):
         return _continue(length, stream, x.device)
+    _check_shapes(ctx, batch, length)
+    if stream is not None:
+        return _packed(ctx.positions, ctx.document_ends, stream, x.device)
+    return _once_per_pass(ctx, lambda: _packed(ctx.positions, ctx.document_ends, None, x.device))
+
+
+def _of_shard(ctx: Context, batch: int, length: int, stream: Stream | None, device: torch.device) -> Clock:
+    shard = ctx.shard
+    assert shard is not None
+    if stream is not None:
+        raise ValueError(
+            "a state goes on from tokens read before, a sequence shard from those of lower ranks: not both at once"
+        )
+    if shard.lengths[shard.rank] != length:
+        raise ValueError(f"ctx.shard: rank {shard.rank} has {shard.lengths[shard.rank]} tokens, got {length}")
+    if ctx.positions is None and ctx.document_ends is None:
+        total = sum(shard.lengths)
+        row = _plain(total, device) if total <= LONGEST_KEPT else _once_per_pass(ctx, lambda: _plain(total, device))
+        return row.part(shard, shard.rank)
+    _check_shapes(ctx, batch, length)
+
+    def of_all_ranks(x: Tensor | None) -> Tensor | None:
+        return None if x is None else gather_tokens(shard, x.to(device, torch.int32), 1)
+
+    def whole_row() -> Clock:
+        ends = None if ctx.document_ends is None else ctx.document_ends + bounds(shard, shard.rank)[0]
+        return _packed(of_all_ranks(ctx.positions), of_all_ranks(ends), None, device)
+
+    return _once_per_pass(ctx, whole_row).part(shard, shard.rank)
+
+
+def _check_shapes(ctx: Context, batch: int, length: int) -> None:
     for name, value in (("positions", ctx.positions), ("document_ends", ctx.document_ends)):
         if value is not None and value.shape != (batch, length):
             raise ValueError(f"ctx.{name} must have shape [{batch}, {length}], got {list(value.shape)}")
-    if stream is not None:
-        return _packed(ctx, batch, length, stream, x.device)
+
+
+def _once_per_pass(ctx: Context, compute: Callable[[], Clock]) -> Clock:
+    """The same clock for all layers that are told the same."""
     given = (ctx.positions, ctx.document_ends)
     kept, clock = ctx.memo.get("packed", ((None, None), None))
     if clock is None or any(a is not b for a, b in zip(kept, given, strict=True)):
-        clock = _packed(ctx, batch, length, None, x.device)
+        clock = compute()
         ctx.memo["packed"] = given, clock
     return clock
 
@@ -135,15 +200,15 @@ def _continue(length: int, stream: Stream | None, device: torch.device) -> Clock
     return Clock(stream.now, time, time - stream.start_B[:, None], None)
 
 
-def _packed(ctx: Context, batch: int, length: int, stream: Stream | None, device: torch.device) -> Clock:
+def _packed(positions: Tensor | None, ends: Tensor | None, stream: Stream | None, device: torch.device) -> Clock:
     now = 0 if stream is None else stream.now
+    given = ends if positions is None else positions
+    assert given is not None
+    length = given.shape[1]
     index = torch.arange(length, device=device)[None]
-    if ctx.document_ends is not None:
-        ends = ctx.document_ends.to(device, torch.int64)
-    else:
-        ends = _next_start(ctx.positions.to(device), index)  # type: ignore[union-attr]
-    if ctx.positions is not None:
-        position = ctx.positions.to(device, torch.int64)
+    ends = _next_start(given.to(device), index) if ends is None else ends.to(device, torch.int64)
+    if positions is not None:
+        position = positions.to(device, torch.int64)
     else:
         before_B = torch.zeros_like(ends[:, 0]) if stream is None else now - stream.start_B
         position = _position(ends, index, before_B)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from attention.cache import LivingKeys
 from attention.clock import Clock, read_clock
+from attention.earlier import EarlierKeys, EarlierTokens, side_by_side
 from attention.lifetimes import FOREVER, Lifetimes, living_pairs
 from attention.mixer import Context, Cost, Mixer, MixerOutput, floating, register, setting
 from attention.ops.attend import attend
@@ -62,6 +63,7 @@ class Combiner(SoftmaxAttention):
     """Softmax attention to direct tokens and to abstractions of spans; a subclass for each pattern."""
 
     Config = CombinerConfig
+    sequence_parallel = "tokens of open spans, and keys of whole ones"
     patterns: ClassVar[dict[str, type[Combiner]]] = {}
 
     def __init_subclass__(cls, pattern: str | None = None, **kwargs: Any) -> None:
@@ -142,6 +144,10 @@ class SpanCombiner(Combiner):
         """For how many steps its abstraction lives; int64 of any shape."""
 
     @abstractmethod
+    def needed(self, clock: Clock) -> int:
+        """How many tokens before those of the clock become, with some of these, part of a span."""
+
+    @abstractmethod
     def recall(self, state: SpanState, new: dict[str, Tensor], clock: Clock) -> dict[str, Tensor]:
         """q, k, v [B, G, R, D]: of the earlier tokens still needed, and of the new ones behind them."""
 
@@ -159,8 +165,11 @@ class SpanCombiner(Combiner):
         shared = q if group == 1 else q.unflatten(1, (self.kv_heads, group)).amax(2)
         rows = new = {"q": shared, "k": k, "v": v}
         limit = None
+        tail = None if clock.shard is None else EarlierTokens(clock, self.alike, self.needed)
         if state is not None:
             rows, limit = self.recall(state, new, clock), state.limit
+        elif tail is not None:
+            rows = tail.before(new)
         recent = with_earlier(clock, rows["k"].shape[2] - k.shape[2])
         plan = clock.once((self.alike, limit), lambda: self.plan(recent, clock.now, limit))
         direct = self.turned(rows["k"], recent)
@@ -173,9 +182,27 @@ class SpanCombiner(Combiner):
             reach = torch.cat([spans.birth[:, 0, :stored] - began, reach.expand(len(began), -1)], 1)
             life = self.together(plan.direct, spans, reach)
             self.remember(state, new, rows, clock)
+        elif tail is not None:
+            made = keys.shape[2]
+            keys, values, spans = self.of_lower_ranks(clock, tail).extend(keys, values, plan.spans, clock)
+            began = clock.whole.starts[:, max(clock.now - 1, 0), None]  # of whom they met, the document goes on
+            came = spans.birth[:, 0, : keys.shape[2] - made] - began
+            reach = side_by_side([came[:, None], reach[:, None]])[:, 0]
+            life = self.together(plan.direct, spans, reach)
         bias = self.bias(direct, self.size(reach, limit)) if self.config.span_bias else None
         keys, values = torch.cat([direct, keys], 2), torch.cat([rows["v"], values], 2)
         return attend(self.turned(q, clock), keys, values, life, time=clock.query_time, key_bias=bias)[0]
+
+    def of_lower_ranks(self, clock: Clock, tail: EarlierTokens) -> EarlierKeys:
+        """The abstractions that lower ranks make."""
+        counts = tail.counts
+
+        def spans(there: Clock) -> Lifetimes:
+            assert there.shard is not None
+            recent = with_earlier(there, counts[there.shard_rank])
+            return there.once((self.alike, None), lambda: self.plan(recent, there.now, None)).spans
+
+        return EarlierKeys(clock, (self.alike, "spans"), spans)
 
     def abstractions(self, rows: dict[str, Tensor], direct: Tensor, levels: list[Level]) -> tuple[Tensor, Tensor]:
         """k_Omega and v_Omega [B, G, n, D] of the spans of all levels, from q, k, v [B, G, R, D] of the tokens, and
@@ -286,6 +313,10 @@ class FixedCombiner(SpanCombiner, pattern="fixed"):
         """For ever."""
         return torch.full_like(reach, FOREVER)
 
+    def needed(self, clock: Clock) -> int:
+        """The open block."""
+        return int((clock.position[:, 0] % self.config.span).max())
+
     def recall(self, state: SpanState, new: dict[str, Tensor], clock: Clock) -> dict[str, Tensor]:
         """The open block; its largest query stands for each of its queries."""
         if state.peak is None:
@@ -335,11 +366,17 @@ class LogsparseCombiner(SpanCombiner, pattern="logsparse"):
         """The lowest set bit: as many steps on a longer span has taken it in."""
         return reach & -reach
 
+    def needed(self, clock: Clock) -> int:
+        """As far back as a span goes that ends among them, if a later token of the row can meet it."""
+        behind = clock.time + 1
+        met = behind < clock.whole.time.shape[1]
+        if clock.end is not None:
+            met = met & (behind < clock.end)
+        return _reach_back(self.size(clock.position + 1, None).where(met, 0))
+
     def recall(self, state: SpanState, new: dict[str, Tensor], clock: Clock) -> dict[str, Tensor]:
         """As far back as a span goes that ends among the new tokens."""
-        new_tokens = torch.arange(1, clock.position.shape[1] + 1, device=clock.position.device)
-        earlier = int((self.size(clock.position + 1, state.limit) - new_tokens).max())
-        return state.tail.before(new, min(max(earlier, 0), state.tail.size))
+        return state.tail.before(new, min(_reach_back(self.size(clock.position + 1, state.limit)), state.tail.size))
 
     def remember(self, state: SpanState, new: dict[str, Tensor], rows: dict[str, Tensor], clock: Clock) -> None:
         """Keep the document, or what the longest span needs beside the token that completes it."""
@@ -348,6 +385,12 @@ class LogsparseCombiner(SpanCombiner, pattern="logsparse"):
     def vectors_kept(self, length: int) -> int:
         """Query, key and value of every token."""
         return 3 * length
+
+
+def _reach_back(size: Tensor) -> int:
+    """How far spans of these lengths [B or 1, T], which end at the tokens, reach back before the first of them."""
+    token = torch.arange(1, size.shape[1] + 1, device=size.device)
+    return max(0, int((size - token).max()))
 
 
 def _longest(limit: int | None) -> int:

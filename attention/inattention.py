@@ -25,6 +25,7 @@ from torch import Tensor
 from attention.cache import LivingKeys
 from attention.clock import Clock, read_clock
 from attention.dense import Dense
+from attention.earlier import EarlierKeys, earlier
 from attention.lifetimes import Lifetimes
 from attention.mixer import Context, Cost, MixerOutput, floating, register, setting
 from attention.ops.attend import attend
@@ -90,17 +91,27 @@ class InAttention(Dense):
             out = _per_key_head(self._meet_initial(_per_key_head(q, w_k), x0, life, clock), w_v.mT)
         else:
             k, v = map(self._heads, F.linear(x0, w_kv).chunk(2, -1))
-            out = self._meet_keys(q, k, v, life, clock, state)
+            past = state if isinstance(state, InitialStates) else earlier(state, clock, self.alike, self.lifetimes)
+            out = self._meet_keys(q, k, v, life, clock, past)
         return MixerOutput(self.merged(out), {})
 
     def _meet_keys(
-        self, q: Tensor, k: Tensor, v: Tensor, life: Lifetimes, clock: Clock, state: InitialStates | LivingKeys | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        life: Lifetimes,
+        clock: Clock,
+        state: InitialStates | LivingKeys | EarlierKeys | None,
     ) -> Tensor:
         """Outputs of the heads [B, H, T, D], from q [B, H, T, D] and k, v [B, G, T or N, D]."""
         if self.config.positions == "rotary":
             table = clock.rotary(self.head_dim, self.config.rotary)
             q, k = apply_rotary(q, table), apply_rotary(k, table)
-        if isinstance(state, LivingKeys):
+        if isinstance(state, EarlierKeys) and self.trades_heads(k, state):
+            row = clock.whole
+            return self.mix_by_heads(q, k, v, clock, self._bias(self.lifetimes(row), row, floating(q)))
+        if isinstance(state, LivingKeys | EarlierKeys):
             k, v, life = state.extend(k, v, life, clock)
             state.advance(clock)
         bias = self._bias(life, clock, floating(q))

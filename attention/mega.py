@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from attention.cache import LivingKeys
 from attention.clock import Clock, read_clock
+from attention.earlier import EarlierKeys, earlier
 from attention.lifetimes import FOREVER, Lifetimes
 from attention.mixer import (
     Context,
@@ -34,6 +35,7 @@ from attention.mixer import (
 from attention.ops.attend import attend
 from attention.ops.rotary import apply_rotary, rotary_table
 from attention.ops.scan import diagonal_scan
+from attention.shard import tied, to_higher
 from attention.spans import block_end
 
 BASE = 10000.0  # of the rotary bias
@@ -92,6 +94,18 @@ class DampedEma(WideModule):
         average, h = diagonal_scan(x, self.log_decay(), self.alpha.sigmoid() * self.beta, gain, h, reset)
         return F.silu(average + self.omega * x), h
 
+    def before_shard(self, x: Tensor, reset: Tensor | None, clock: Clock) -> Tensor:
+        """h [B, d, n] before the first token of a shard, from what the tokens x [B, T, d] of each lower rank leave."""
+        assert clock.shard is not None
+        _, left = self(x, None, reset)
+        before = to_higher(clock.shard, [left])
+        h = tied(torch.zeros_like(left), before)
+        for rank, behind in enumerate(before):
+            there = clock.of_rank(rank)
+            goes_on = (there.position != 0).all(1)[:, None, None]
+            h = behind + torch.where(goes_on, (self.log_decay() * there.time.shape[1]).exp() * h, 0.0)
+        return h
+
     def log_decay(self) -> Tensor:
         """log q [d, n], finite: a q that rounds to 0 counts as the least number above it that 1 - q can tell."""
         forgotten = self.forgotten()
@@ -127,6 +141,7 @@ class Mega(Mixer):
     """
 
     Config = MegaConfig
+    sequence_parallel = "the average, and keys of chunks that go on behind their shard"
 
     def __init__(self, dim: int, config: MegaConfig) -> None:
         super().__init__()
@@ -149,12 +164,16 @@ class Mega(Mixer):
         _check_state(state, self)
         clock = read_clock(x, ctx, None if state is None else state.stream)
         reset = None if clock.end is None else (clock.position == 0).expand(x.shape[:2])
-        mixed, h = self.ema(x, None if state is None else state.h, reset)
+        before = None if state is None else state.h
+        if clock.shard is not None:
+            before = self.ema.before_shard(x, reset, clock)
+        mixed, h = self.ema(x, before, reset)
         update, shared, reset_gate, candidate = self.base(mixed.to(x.dtype)).split(self.widths, -1)
         update, shared, reset_gate = update.sigmoid(), F.silu(shared), F.silu(reset_gate)
         q = shared * self.query_gain + self.query_shift
         k = shared * self.key_gain + self.key_shift
-        out = self.attend_in_chunks(q, k, F.silu(self.value(x)), clock, state)
+        past = earlier(state, clock, ("mega", *self.grid), self.lifetimes)
+        out = self.attend_in_chunks(q, k, F.silu(self.value(x)), clock, past)
         candidate = F.silu(candidate + self.output(reset_gate * out))
         if state is not None:
             state.h = h.detach()
@@ -163,10 +182,17 @@ class Mega(Mixer):
         residual = x if ctx is None or ctx.residual is None else ctx.residual
         return MixerOutput(update * (candidate - residual), {})
 
-    def attend_in_chunks(self, q: Tensor, k: Tensor, v: Tensor, clock: Clock, state: MegaState | None) -> Tensor:
+    @property
+    def grid(self) -> tuple[int, int | None]:
+        """z and the chunk: mixers that share them share lifetimes and tables."""
+        return self.query_dim, self.config.chunk
+
+    def attend_in_chunks(
+        self, q: Tensor, k: Tensor, v: Tensor, clock: Clock, state: LivingKeys | EarlierKeys | None
+    ) -> Tensor:
         """o [B, T, E] from q, k [B, T, z] and v [B, T, E]; with a state, meets what it holds too, and adds to it."""
         q, k, v = (t[:, None].to(v.dtype) for t in (q, k, v))
-        grid = self.query_dim, self.config.chunk
+        grid = self.grid
         life = clock.once(("mega", *grid), lambda: self.lifetimes(clock))
         if state is None:
             table = clock.once(("mega table", *grid), lambda: self.table(clock.position[:, None]))

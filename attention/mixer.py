@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attention.shard import Shard
+
 Causality = Literal["strict", "selects_ahead"]
 
 
@@ -36,6 +38,8 @@ class Context:
     statistics: where mixers leave numbers worth watching (`report`); None: nobody watches.
     debug: raise where a number that is not finite arises (`attention.debug.check_finite`).
     place: where in the model this is: the layer, and the mixer's name in the pattern.
+    shard: the tokens are one process's slice of the row; all fields are of these tokens alone. document_ends count
+        from the first of them, and may lie beyond the last; positions, as always, from the start of the document.
     """
 
     positions: Tensor | None = None
@@ -46,6 +50,7 @@ class Context:
     statistics: dict[Any, Any] | None = None
     debug: bool = False
     place: tuple[Any, ...] = ()
+    shard: Shard | None = None
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)
     """Values that every layer of one forward pass would compute alike (clock, rotary table)."""
 
@@ -103,6 +108,8 @@ class Mixer(nn.Module):
 
     Config: ClassVar[type[Any]]
     causality: Causality = "strict"
+    sequence_parallel: str | None = None
+    """What crosses between the ranks that share a row (`Context.shard`), in a few words; None: it takes no shard."""
     shared_state: str | None = None
     """Mixers of one model with the same name here keep one state among them, which the model counts once: the first
     one's `init_state` makes it, and its `of_another_layer()` is the state of each other one."""
@@ -118,6 +125,11 @@ class Mixer(nn.Module):
 
         With `state` the tokens go on from those it has seen; it is updated in place, and gradients do not
         flow into it. Prefill, decoding token by token, carrying a state across segments are this same call.
+
+        With `ctx.shard` they go on from those of the lower ranks, and gradients flow there: each rank's backward pass
+        of its own loss gives the gradients of x of its tokens, whatever rank's loss they are due to, and of the
+        parameters a part; the parts sum up to those of one process. So do the losses, each times its rank's share of
+        the tokens. All ranks call forward and backward, of the same layers in the same order.
         """
 
     @abstractmethod
@@ -131,6 +143,13 @@ class Mixer(nn.Module):
     @abstractmethod
     def cost(self, length: int) -> Cost:
         """The cost of one sequence of `length` tokens, from the definition of the mixer alone."""
+
+    def check_shard(self, ctx: Context | None) -> None:
+        """ValueError for a shard that this mixer does not take."""
+        if ctx is not None and ctx.shard is not None and self.sequence_parallel is None:
+            raise ValueError(
+                f"{type(self).__name__} cannot share a sequence among ranks: set parallel.sequence 1, or another mixer"
+            )
 
     def in_training(self, ctx: Context | None) -> bool:
         """Whether a forward pass trains: what the context says, else the module's own flag."""

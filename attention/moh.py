@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from attention.cache import LivingKeys
 from attention.clock import Clock, read_clock
 from attention.debug import check_finite
+from attention.earlier import earlier
 from attention.lifetimes import FOREVER, Lifetimes
 from attention.mixer import (
     Context,
@@ -38,6 +39,7 @@ from attention.ops.attend_plan import FEW_QUERIES
 from attention.ops.project import gather_project, scatter_project
 from attention.ops.rotary import apply_rotary
 from attention.ops.select import listed
+from attention.shard import mean_of_ranks
 from attention.softmax import AttentionConfig, SoftmaxAttention
 from attention.statistics import entropy, share
 
@@ -111,14 +113,16 @@ class MoH(SoftmaxAttention):
         k, v = map(self._heads, F.linear(x, w_kv).chunk(2, -1))
         k = self.turned(k, clock)
         life = clock.once(self.alike, lambda: self.lifetimes(clock))
-        if state is not None:
-            k, v, life = state.extend(k, v, life, clock)
-            state.advance(clock)
+        past = earlier(state, clock, self.alike, self.lifetimes)
+        if past is not None:
+            k, v, life = past.extend(k, v, life, clock)
+            past.advance(clock)
         keys = _Keys(k, v, Lifetimes(life.birth[:, :1], life.death[:, :1]), clock)  # all heads are alike
         y = self._mix(x, w_q, routes, keys, few=state is not None and x.shape[1] <= FEW_QUERIES)
         if not (self.active and self.in_training(ctx)):
             return MixerOutput(y, {})
-        share = routes.serves[:, self.shared_heads :].to(routes.gates.dtype).mean((0, 2))
+        chosen = routes.serves[:, self.shared_heads :].to(routes.gates.dtype).mean((0, 2))
+        share = chosen if clock.shard is None else mean_of_ranks(clock.shard, chosen)
         spread = self.routed * (routes.probabilities.mean((0, 1)) * share).sum()
         return MixerOutput(y, {"balance": self.config.balance * spread})
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from attention.cache import take_rows
 from attention.clock import Clock, Stream, read_clock
 from attention.debug import check_finite
+from attention.earlier import shard_of, side_by_side
 from attention.lifetimes import FOREVER, Lifetimes, by_lifespan
 from attention.mixer import (
     Context,
@@ -38,6 +39,7 @@ from attention.ops.attend import attend
 from attention.ops.project import gather_project, scatter_project
 from attention.ops.rotary import apply_rotary, rotary_table
 from attention.ops.select import listed, streaming_top_k
+from attention.shard import Travel, bounds, gather_tokens
 from attention.statistics import binary_entropy, share
 
 EDGES = {False: (8, 64), True: (2, 8, 32)}
@@ -95,6 +97,7 @@ class Mosa(Mixer):
     """
 
     Config = MosaConfig
+    sequence_parallel = "scores of all tokens, and the keys still kept"
 
     @classmethod
     def of(cls, dim: int, config: MosaConfig) -> Mixer:
@@ -114,10 +117,11 @@ class Mosa(Mixer):
     def forward(self, x: Tensor, ctx: Context | None = None, state: ChosenKeys | None = None) -> MixerOutput:
         """y [B, T, d] from x [B, T, d]; see `Mixer.forward`."""
         clock = read_clock(x, ctx, None if state is None else state.stream)
+        past = EarlierChoice(self) if clock.shard is not None else state
         score = self.scores(x)
         check_finite(ctx, "router scores", score)
         lost = score.isnan().any(1)
-        death = self.deaths(score, clock) if state is None else state.compete(score, clock)
+        death = self.deaths(score, clock) if past is None else past.compete(score, clock)
         index, life = self.chosen(death, clock)
         place = index.clamp(min=0)
         score, time = score.gather(-1, place), life.birth
@@ -125,8 +129,8 @@ class Mosa(Mixer):
 
         q, k, v = gather_project(x, index, self.qkv).chunk(3, -1)
         q, k = self._rotate(q, k, clock, place)
-        if state is not None:
-            k, v, life = state.extend(k, v, score, life, clock)
+        if past is not None:
+            k, v, life = past.extend(k, v, score, life, clock)
         out, _ = attend(q, k, v, life, time=time)
         y = scatter_project(out, index, score.sigmoid(), self.output, x.shape[1])
         # Whose score is no number was chosen by no head, and must not pass for that.
@@ -321,6 +325,38 @@ class ChosenKeys:
     def capacity(self) -> int:
         """Bytes allocated, padding included."""
         return sum(rows.nbytes for rows in self.rows.values())
+
+
+class EarlierChoice:
+    """The tokens of a whole row, of which this process has a shard, in the place of `ChosenKeys`: all ranks learn all
+    scores, and so who lives how long; then the keys travel that outlive their shard."""
+
+    def __init__(self, mixer: Mosa) -> None:
+        self.mixer = mixer
+
+    def compete(self, score: Tensor, clock: Clock) -> Tensor:
+        """See `ChosenKeys.compete`."""
+        scores = gather_tokens(shard_of(clock), score.detach(), 2)
+        self.death = self.mixer.deaths(scores, clock.whole)
+        return self.death[..., clock.mine]
+
+    def extend(
+        self, k: Tensor, v: Tensor, score: Tensor, life: Lifetimes, clock: Clock
+    ) -> tuple[Tensor, Tensor, Lifetimes]:
+        """See `ChosenKeys.extend`; nothing is stored."""
+        shard = shard_of(clock)
+        row = Lifetimes(clock.whole.time[:, None].int(), self.death.int())
+        parts = [slice(*bounds(shard, rank)) for rank in range(len(shard.lengths))]
+        lives = [Lifetimes(row.birth[..., here], row.death[..., here]) for here in parts]
+        lives[shard.rank] = life
+        travel = Travel.of_living(shard, k, lives)
+        own = torch.cat([k, v], -1)
+        k, v = torch.cat([travel.bring(shard, own), own], 2).chunk(2, -1)
+        before = slice(0, clock.now)
+        birth = side_by_side([travel.take(row.birth[..., before], FOREVER), life.birth])
+        death = side_by_side([travel.take(row.death[..., before], 0), life.death])
+        end = clock.now + clock.time.shape[1]
+        return k, v, Lifetimes(birth, death, _generations(birth.long(), death.long(), self.mixer.config.keep, end))
 
 
 def _generations(birth: Tensor, death: Tensor, keep: int, end: int) -> Tensor:

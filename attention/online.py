@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 
 from attention.mixer import WideModule
-from attention.ops.codes import code_sums
+from attention.ops.codes import AT_ONCE, code_sums
 
 ROUNDING = 1e-5  # of the sum of squares: a smaller sum of squared distances is none
-AT_ONCE = 256  # tokens summed in one product: their table of C entries each stays small
 
 
 class OnlineMeans(WideModule):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from attention.clock import Clock, read_clock
 from attention.debug import check_finite
+from attention.earlier import shard_of, side_by_side
 from attention.lifetimes import FOREVER, Lifetimes, causal
 from attention.mixer import (
     Context,
@@ -37,9 +38,10 @@ from attention.mixer import (
 )
 from attention.online import OnlineMeans
 from attention.ops.attend import attend
-from attention.ops.lanes import attend_lanes, make_lanes
+from attention.ops.lanes import attend_lanes, make_lanes, met_by
 from attention.ops.rotary import apply_rotary
 from attention.rings import ClusterRings
+from attention.shard import Travel, bounds, gather_tokens
 from attention.softmax import AttentionConfig
 from attention.statistics import entropy, share
 
@@ -87,6 +89,7 @@ class Routing(Mixer):
     """
 
     Config = RoutingConfig
+    sequence_parallel: str | None
 
     @classmethod
     def of(cls, dim: int, config: RoutingConfig) -> Mixer:
@@ -125,6 +128,7 @@ class Routing(Mixer):
 
     def forward(self, x: Tensor, ctx: Context | None = None, state: ClusterRings | None = None) -> MixerOutput:
         """y [B, T, d] from x [B, T, d]; in training also the loss `commitment`. See `Mixer.forward`."""
+        self.check_shard(ctx)
         clock = read_clock(x, ctx, None if state is None else state.stream)
         shared = _normed(self._heads(wide_linear(x, self.shared.weight)))
         nearness = self._nearness(shared)
@@ -195,10 +199,14 @@ class Routing(Mixer):
 class TokenChoice(Routing):
     """A token takes its nearest cluster, and meets the last `window` tokens of its document that took the same."""
 
+    sequence_parallel = "cluster numbers of all tokens, and the last members of each cluster"
+
     def mix(
         self, shared: Tensor, v: Tensor, nearness: Tensor, cluster: Tensor, clock: Clock, state: ClusterRings | None
     ) -> Tensor:
         """See `Routing.mix`: attention in lanes, or, of a single new token, to its own ring."""
+        if clock.shard is not None:
+            return self._meet_lower_ranks(shared, v, cluster, clock)
         if state is None:
             lanes = make_lanes(cluster, clock.starts[:, None], window=self.config.window)
             return attend_lanes(shared, shared, v, lanes)[0]
@@ -206,6 +214,23 @@ class TokenChoice(Routing):
         out = meet(shared, v, cluster, clock, state)
         state.extend(shared, v, cluster, clock)
         return out
+
+    def _meet_lower_ranks(self, shared: Tensor, v: Tensor, cluster: Tensor, clock: Clock) -> Tensor:
+        """All ranks learn who is in which cluster; then those members travel that somebody meets."""
+        shard, start = shard_of(clock), clock.whole.starts[:, None]
+        clusters = gather_tokens(shard, cluster.to(torch.int32), 2).long()
+        row = make_lanes(clusters, start, window=self.config.window)
+
+        def needed(source: int, target: int) -> Tensor:
+            return met_by(row, *bounds(shard, target))[..., slice(*bounds(shard, source))]
+
+        travel = Travel.of(shard, shared, needed)
+        own = torch.cat([shared, v], -1)
+        k, v = torch.cat([travel.bring(shard, own), own], 2).chunk(2, -1)
+        cluster = torch.cat([travel.take(clusters[..., : clock.now], 0), cluster], 2)
+        start = side_by_side([travel.take(start[..., : clock.now], FOREVER), clock.starts[:, None]])
+        lanes = make_lanes(cluster, start, queries=shared.shape[2], window=self.config.window)
+        return attend_lanes(shared, k, v, lanes)[0]
 
     def _meet_ring(self, shared: Tensor, v: Tensor, cluster: Tensor, clock: Clock, state: ClusterRings) -> Tensor:
         k, life = shared, causal(1, shared.device)
@@ -270,6 +295,7 @@ class ClusterChoice(Routing):
     """
 
     causality = "selects_ahead"
+    sequence_parallel = None
 
     def mix(
         self, shared: Tensor, v: Tensor, nearness: Tensor, cluster: Tensor, clock: Clock, state: ClusterRings | None

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from attention.cache import LivingKeys
 from attention.clock import Clock, read_clock
 from attention.divisors import nearest_divisors
+from attention.earlier import EarlierKeys, earlier, shard_of
+from attention.heads import HeadShare, of_heads, to_heads, to_tokens
 from attention.lifetimes import FOREVER, Lifetimes, living_pairs
 from attention.mixer import (
     Context,
@@ -116,6 +118,7 @@ class ProjectedHeads(Mixer):
 class SoftmaxAttention(ProjectedHeads):
     """Softmax attention of one call whose keys have lifetimes; a subclass says who meets whom, in which order."""
 
+    sequence_parallel = "keys that outlive their shard"
     some_immortal: ClassVar[bool] = False
     """Some rows live to the end of their document and others do not: they are a generation of their own."""
 
@@ -128,10 +131,10 @@ class SoftmaxAttention(ProjectedHeads):
         """Time at which each token's row may be forgotten, were its document endless: int64, broadcast to [B, G, T]."""
 
     @abstractmethod
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, clock: Clock, state: LivingKeys | None) -> Tensor:
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, clock: Clock, state: LivingKeys | EarlierKeys | None) -> Tensor:
         """Outputs of the heads [B, H, T, D], from q [B, H, T, D] and k, v [B, G, T, D] of the new tokens.
 
-        With a state: adds the new rows to it, and meets those it holds.
+        With a state: adds the new rows to it, and meets those it holds. Of a shard, keys of lower ranks take its place.
         """
 
     @abstractmethod
@@ -148,7 +151,8 @@ class SoftmaxAttention(ProjectedHeads):
         """y [B, T, d] from x [B, T, d]; see `Mixer.forward`."""
         clock = read_clock(x, ctx, None if state is None else state.stream)
         q, k, v = self.project(x)
-        out = self.mix(self.turned(q, clock), self.turned(k, clock), v, clock, state)
+        past = earlier(state, clock, self.alike, self.lifetimes)
+        out = self.mix(self.turned(q, clock), self.turned(k, clock), v, clock, past)
         if state is not None:
             state.advance(clock)
         return MixerOutput(self.merged(out), {})
@@ -167,12 +171,47 @@ class SoftmaxAttention(ProjectedHeads):
 class TokenAttention(SoftmaxAttention):
     """Softmax attention in one call, over time: each key is alive from its own time to its death."""
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, clock: Clock, state: LivingKeys | None) -> Tensor:
+    sequence_parallel = "keys that outlive their shard, or, if that is no more, heads for tokens"
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, clock: Clock, state: LivingKeys | EarlierKeys | None) -> Tensor:
         """See `SoftmaxAttention.mix`."""
+        if isinstance(state, EarlierKeys) and self.trades_heads(k, state):
+            return self.mix_by_heads(q, k, v, clock)
         life = clock.once(self.alike, lambda: self.lifetimes(clock))
         if state is not None:
             k, v, life = state.extend(k, v, life, clock)
         return attend(q, k, v, life, time=clock.query_time)[0]
+
+    def trades_heads(self, k: Tensor, past: EarlierKeys) -> bool:
+        """Whether ranks trade tokens for heads instead of gathering keys: if the busiest one then sends no more.
+
+        k [B, G, T, D]: of this rank. The answer is the same on all ranks.
+        """
+        lengths = shard_of(past.clock).lengths
+        if self.heads < len(lengths):
+            return False
+        share = HeadShare(len(lengths), self.heads, self.kv_heads)
+        traded = max(share.vectors_sent(rank, lengths) for rank in range(len(lengths)))
+        return len(k) * traded <= 2 * past.most_sent(k)
+
+    def mix_by_heads(self, q: Tensor, k: Tensor, v: Tensor, clock: Clock, bias: Tensor | None = None) -> Tensor:
+        """As `mix`, of a shard: this rank attends for some of the heads, over all tokens of the row.
+
+        bias: of the keys of the row, [B or 1, G, N].
+        """
+        shard, row = shard_of(clock), clock.whole
+        ranks = range(len(shard.lengths))
+        share = HeadShare(len(ranks), self.heads, self.kv_heads)
+        readers, read = [share.queries(rank) for rank in ranks], [share.keys(rank) for rank in ranks]
+        q = to_heads(shard, q, readers)
+        k, v = to_heads(shard, torch.cat([k, v], -1), read).chunk(2, -1)
+        local = share.local(shard.rank)
+        life = row.once((self.alike, "row"), lambda: self.lifetimes(row))
+        mine = list(read[shard.rank])
+        if len(set(map(local.count, local))) > 1:  # `attend` wants every key head read by as many queries
+            mine, k, v = [mine[head] for head in local], k[:, local], v[:, local]
+        bias = None if bias is None else bias[:, mine]
+        return to_tokens(shard, attend(q, k, v, of_heads(life, mine), key_bias=bias)[0], readers)
 
     def pattern(self, length: int) -> Lifetimes:
         """Lifetimes of the keys of one document of `length` tokens, int32 broadcast to [kv_heads, length]."""

@@ -7,6 +7,7 @@ printed range of summary columns has c + 1 of them; here there are c.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from attention.cache import LivingKeys
 from attention.clock import Clock
 from attention.divisors import divisors
+from attention.earlier import EarlierKeys
 from attention.lifetimes import FOREVER, Lifetimes, living_pairs
 from attention.mixer import Mixer, register, setting
 from attention.ops.attend import attend
@@ -109,14 +111,15 @@ class StridedSparse(Sparse):
         half, window = self.kv_heads // 2, clock.time[:, None] + self.config.block
         return torch.cat([x.expand(-1, half, -1) for x in (window, never)], 1)
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, clock: Clock, state: LivingKeys | None) -> Tensor:
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, clock: Clock, state: LivingKeys | EarlierKeys | None) -> Tensor:
         """See `SoftmaxAttention.mix`."""
         life = clock.once(self.alike, lambda: self.lifetimes(clock))
         if state is None:
             near, lanes = clock.once((self.alike, "sets"), lambda: self._sets(life, clock.starts[:, None]))
         else:
             k, v, life = state.extend(k, v, life, clock)
-            near, lanes = self._sets(life, state.starts(clock), clock.time.shape[1], state.limit)
+            sets = partial(self._sets, life, state.starts(clock), clock.time.shape[1], state.limit)
+            near, lanes = sets() if clock.shard is None else clock.once((self.alike, "sets", len(q)), sets)
         time = clock.query_time
         if not self.halved:
             return merge([attend(q, k, v, near, time=time), attend_lanes(q, k, v, lanes)])[0]

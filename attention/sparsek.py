@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from attention.cache import take_rows
 from attention.clock import Clock, Stream, read_clock
 from attention.debug import check_finite
+from attention.earlier import shard_of, side_by_side
 from attention.lifetimes import FOREVER, Lifetimes, by_lifespan
 from attention.mixer import (
     Context,
@@ -32,9 +33,9 @@ from attention.mixer import (
     setting,
     wide_linear,
 )
-from attention.ops.attend import attend
-from attention.ops.merge import merge
+from attention.ops.attend import KeySet, attend_union
 from attention.ops.sparsek import partial_from, sparsek_threshold
+from attention.shard import Travel, bounds, gather_tokens
 from attention.softmax import AttentionConfig, ProjectedHeads
 
 EDGES = (1, 8, 64)
@@ -82,6 +83,7 @@ class Sparsek(ProjectedHeads):
     """
 
     Config = SparsekConfig
+    sequence_parallel = "scores of all tokens; the window, and the selected tokens"
 
     def __init__(self, dim: int, config: SparsekConfig) -> None:
         super().__init__(dim, config)
@@ -95,15 +97,45 @@ class Sparsek(ProjectedHeads):
         scores = self.scores(x, clock)
         check_finite(ctx, "scores", scores)
         rows = Rows.of(self.turned(k, clock), v, scores, clock)
-        if state is not None:
-            rows = state.before(rows, clock)
-        tau, leaves = sparsek_threshold(rows.u, config.keep, config.most, delay=config.window, start=rows.start)
-        if state is not None:
-            state.hold(rows, leaves, clock)
-        report(ctx, lambda: _statistics(rows, tau, leaves, clock, config))
+        if clock.shard is not None:
+            rows, tau, death = self._of_row(rows, clock, ctx)
+        else:
+            if state is not None:
+                rows = state.before(rows, clock)
+            tau, leaves = self._threshold(rows.u, rows.start)
+            if state is not None:
+                state.hold(rows, leaves, clock)
+            report(ctx, lambda: _statistics(rows.u, rows.start, tau, leaves, clock, config))
+            death = rows.time_of(leaves)
         limit = None if state is None else state.limit
-        out = self._meet(self.turned(q, clock), rows, tau[..., -x.shape[1] :], rows.time_of(leaves), clock, limit)
+        out = self._meet(self.turned(q, clock), rows, tau[..., -x.shape[1] :], death, clock, limit)
         return MixerOutput(self.merged(out), {})
+
+    def _threshold(self, u: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor]:
+        config = self.config
+        return sparsek_threshold(u, config.keep, config.most, delay=config.window, start=start)
+
+    def _of_row(self, own: Rows, clock: Clock, ctx: Context | None) -> tuple[Rows, Tensor, Tensor]:
+        """Of a shard: all ranks learn all scores, and so tau and who leaves when; then the rows travel that somebody
+        meets. Returns those that come and the own, tau [B, G, T] of the own, and the times at which rows die."""
+        shard, row = shard_of(clock), clock.whole
+        u = gather_tokens(shard, own.u, 2)
+        start = None if row.end is None else row.starts[:, None]
+        tau, death = self._threshold(u, start)  # of the whole row, where a token's number is its time
+        report(ctx, lambda: _statistics(u, start, tau, death, row, self.config))
+        # A token is met by its window, and then as long as it is selected: until it leaves.
+        time, parts = row.time[:, None], [slice(*bounds(shard, rank)) for rank in range(len(shard.lengths))]
+        lives = [Lifetimes(_int32(time[..., here]), _int32(death[..., here])) for here in parts]
+        travel = Travel.of_living(shard, own.k, lives, front=True)
+        came = travel.bring(shard, torch.cat([own.k, own.v], -1)).chunk(2, -1)
+        k, v = (torch.cat(pair, 2) for pair in zip(came, (own.k, own.v), strict=True))
+
+        def known(values: Tensor, fill: int) -> Tensor:
+            return side_by_side([travel.take(values[..., : clock.now], fill), values[..., clock.mine]])
+
+        end = None if row.end is None else known(row.end[:, None], 0)
+        rows = Rows(k, v, known(u, 0), known(time, FOREVER), None, end)
+        return rows, tau[..., clock.mine], known(death, 0)
 
     def scores(self, x: Tensor, clock: Clock) -> Tensor:
         """u [B, G, T] of x [B, T, d], in at least float32: rounded to 16 bits many would tie."""
@@ -113,24 +145,18 @@ class Sparsek(ProjectedHeads):
     def _meet(self, q: Tensor, rows: Rows, tau: Tensor, death: Tensor, clock: Clock, limit: int | None) -> Tensor:
         """Outputs of the heads [B, H, T, D] of q [B, H, T, D], with the tau [B, G, T] of its tokens, and the times
         [B, G, N] at which the keys beyond the window die; with a limit no key is met so many steps after its own."""
-        window, total, new = self.config.window, rows.u.shape[2], q.shape[2]
+        window = self.config.window
         if limit is not None:
             death = torch.minimum(death, rows.time + limit)
-        # Never nobody, so that W_u always has a gradient, if a zero.
-        far, tau = slice(0, max(1, total - window)), tau.repeat_interleave(self.heads // self.kv_heads, 1)
-        birth, death, end = rows.time[..., far] + window, death[..., far], clock.now + new
-        generation = by_lifespan(birth, death, end, [edge * self.config.keep for edge in EDGES])
-        life = Lifetimes(_int32(birth), _int32(death), generation)
-        gate = rows.u[..., far], tau
-        out, lse = attend(q, rows.k[:, :, far], rows.v[:, :, far], life, time=clock.query_time, gate=gate)
-        # What is no number must not pass for a share of 0.
-        parts = [(out, lse.masked_fill(tau.isnan(), torch.nan))]
+        birth, tau = rows.time + window, tau.repeat_interleave(self.heads // self.kv_heads, 1)
+        generation = by_lifespan(birth, death, clock.now + q.shape[2], [edge * self.config.keep for edge in EDGES])
+        far = Lifetimes(_int32(birth), _int32(death), generation)
+        sets = [KeySet(q, rows.k, rows.v, far, gate=(rows.u, tau))]
         if window:
-            near = slice(max(0, total - new - window + 1), total)
-            steps = window if limit is None else min(window, limit)
-            life = Lifetimes(_int32(rows.time[..., near]), _int32(rows.until(rows.time + steps)[..., near]))
-            parts.append(attend(q, rows.k[:, :, near], rows.v[:, :, near], life, time=clock.query_time))
-        return merge(parts)[0]
+            until = rows.until(rows.time + (window if limit is None else min(window, limit)))
+            life = Lifetimes(_int32(rows.time), _int32(until))
+            sets.append(KeySet(q, rows.k, rows.v, life))
+        return attend_union(sets, time=clock.query_time)[0]
 
     def pairs(self, length: int) -> int:
         """At most so many (query, living key) pairs, over all query heads: as many as if no candidate were at c = 0."""
@@ -247,11 +273,13 @@ def _ramp(length: int, most: int) -> int:
     return rising * (rising + 1) // 2 + (length - rising) * most
 
 
-def _statistics(rows: Rows, tau: Tensor, leaves: Tensor, clock: Clock, config: SparsekConfig) -> dict[str, Tensor]:
+def _statistics(
+    u: Tensor, start: Tensor | None, tau: Tensor, leaves: Tensor, clock: Clock, config: SparsekConfig
+) -> dict[str, Tensor]:
     """Of a query, on average: selected keys with c > 0 (`support`), with the window's (`alive_keys`), and how many of
     the selected have c < 1 (`interior_share`). And the share of queries at which a key leaves with c > 0, since there
     are better candidates (`candidates_bind_share`)."""
-    u, total = rows.u, rows.u.shape[2]
+    total = u.shape[2]
     first = total - clock.time.shape[1]
     queries = tau[..., first:].numel()
     birth = (torch.arange(total, device=u.device) + config.window).expand(u.shape)
@@ -260,8 +288,8 @@ def _statistics(rows: Rows, tau: Tensor, leaves: Tensor, clock: Clock, config: S
     support, interior = ((death - t).clamp(min=0).sum() / queries for t in (birth, partial))
     at = leaves.clamp(max=total - 1)
     bound = (leaves >= first) & (leaves < total) & (u > tau.gather(2, at))
-    if rows.start is not None:
-        start = rows.start.expand(u.shape)
+    if start is not None:
+        start = start.expand(u.shape)
         bound &= start.gather(2, at) == start
     return {
         "support": support,

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention.clock import Clock, read_clock
+from attention.earlier import EarlierTokens
 from attention.lifetimes import FOREVER, Lifetimes, living_pairs
 from attention.mixer import (
     Context,
@@ -40,8 +41,10 @@ from attention.mixer import (
 )
 from attention.online import OnlineMeans
 from attention.ops.attend import KeySet, attend_union
-from attention.ops.codes import code_prefix, look_up, straight_through, vq_assign
+from attention.ops.codes import code_prefix, code_totals, look_up, straight_through, vq_assign
+from attention.ops.norm import rms_norm
 from attention.ops.rotary import apply_rotary
+from attention.shard import tied, to_higher
 from attention.softmax import AttentionConfig
 from attention.spans import Blocks, with_earlier
 from attention.tail import SpanState
@@ -122,6 +125,7 @@ class VQ(Mixer):
     """
 
     Config = VQConfig
+    sequence_parallel = "the last one or two blocks, and count and mean value of each code"
 
     def __init__(self, dim: int, config: VQConfig) -> None:
         super().__init__()
@@ -149,8 +153,10 @@ class VQ(Mixer):
     def forward(self, x: Tensor, ctx: Context | None = None, state: CodeState | None = None) -> MixerOutput:
         """y [B, T, d] from x [B, T, d]; in training also the loss `commitment`. See `Mixer.forward`."""
         clock = read_clock(x, ctx, None if state is None else state.stream)
-        q = _normed(self._heads(self.query(x), self.head_dim))
-        k = _normed(self._heads(wide_linear(x, self.key.weight), self.head_dim))
+        # Products are those of a scale D^-1/2.
+        size = self.head_dim**-0.25
+        q = rms_norm(self._heads(self.query(x), self.head_dim), NORM_EPS, size)
+        k = rms_norm(self._heads(wide_linear(x, self.key.weight), self.head_dim), NORM_EPS, size)
         v = self._heads(self.value(x), self.value_dim)
         if self.gate is not None:
             v = F.silu(v)
@@ -176,14 +182,18 @@ class VQ(Mixer):
             rows, carry, limit = state.tail.before(new, state.tail.size), state.folded, state.limit
             kept = rows["code"][:, :, : state.tail.size, 0]
             k = torch.cat([look_up(self.codebook.means, kept).to(k.dtype), k], 2)
+        elif clock.shard is not None:
+            tail = EarlierTokens(clock, self.alike, lambda there: int(self.kept(there).max()))
+            carry = self.before_shard(code, v, clock)
+            rows = tail.before({**new, "k": k})
+            k, rows["v"] = rows["k"], tied(rows["v"], carry[1])
         recent = with_earlier(clock, k.shape[2] - code.shape[2])
         carried = carry is not None
         plan = clock.once((self.alike, carried, limit), lambda: self.plan(recent, limit, carried))
         content = (q + self.content_bias).to(v.dtype)
         sets, prefix = [], None
         if plan.near is not None:
-            near_q, near_k = self.with_features(q, content, k, clock, recent)
-            sets.append(KeySet(near_q, near_k, rows["v"], plan.near))
+            sets.append(KeySet(content, k, rows["v"], plan.near, columns=self.features_of(q, v.dtype, clock, recent)))
         if plan.far is not None:
             sets.append(KeySet(content, k, rows["v"], plan.far))
         if plan.old is not None:
@@ -203,17 +213,39 @@ class VQ(Mixer):
             state.go_on(new, prefix, clock, self.config.block)
         return attend_union(sets, time=clock.query_time, scale=1.0)[0]
 
-    def with_features(
-        self, q: Tensor, content: Tensor, k: Tensor, clock: Clock, recent: Clock
-    ) -> tuple[Tensor, Tensor]:
-        """Queries [B, H, T, D + 2F] and keys [B, G, R, D + 2F] whose products have the relative term.
+    def kept(self, clock: Clock) -> Tensor:
+        """How many tokens before the first one of the clock are met as themselves by it or a later one, int64 [B or 1]:
+        those of its block and of the one before."""
+        position, length = clock.position[:, 0], self.config.block
+        return position % length + torch.where(position < length, 0, length)
+
+    def before_shard(self, code: Tensor, v: Tensor, clock: Clock) -> tuple[Tensor, Tensor]:
+        """Count and mean [B, G, S, ..] of the codes of a document before the tokens that its first queries meet as
+        themselves; from code [B, G, T] and v [B, G, T, Dv] of each rank's tokens."""
+        shard = clock.shard
+        assert shard is not None
+        counts, means = [], []
+        for rank in range(shard.rank + 1, len(shard.lengths)) or [shard.rank]:
+            there = clock.of_rank(rank)
+            first, stop = there.starts[:, :1], there.time[:, :1] - self.kept(there)[:, None]
+            folded = (first <= clock.time) & (clock.time < stop)
+            count, mean = code_totals(code.masked_fill(~folded[:, None], self.config.codes), v, self.config.codes)
+            counts.append(count)
+            means.append(mean)
+        came_counts, came_means = to_higher(shard, counts), to_higher(shard, means)
+        count = came_counts.sum(0)
+        mean = (came_means * (came_counts / count.clamp(min=1))[..., None]).sum(0)
+        return count, mean
+
+    def features_of(self, q: Tensor, dtype: torch.dtype, clock: Clock, recent: Clock) -> tuple[Tensor, Tensor]:
+        """Columns of queries [B, H, T, 2F] and of keys [B or 1, 1, R, 2F], in `dtype`, whose products are the relative
+        term.
 
         a . rho(j - i), with rho at j turned back by i, is a turned by i, times rho(j).
         """
-        of_distance = (q + self.position_bias).to(content.dtype) @ self.position_weight
+        of_distance = (q + self.position_bias).to(dtype) @ self.position_weight
         turned = apply_rotary(of_distance, clock.rotary(self.features, BASE))
-        place = torch.cat(recent.rotary(self.features, BASE), -1).to(k.dtype).expand(*k.shape[:2], -1, -1)
-        return torch.cat([content, turned.to(content.dtype)], -1), torch.cat([k, place], -1)
+        return turned.to(dtype), torch.cat(recent.rotary(self.features, BASE), -1).to(dtype)
 
     def plan(self, recent: Clock, limit: int | None, carried: bool) -> Plan:
         """Who lives when among these tokens and the codes that their blocks read; `carried`: they follow on a state."""
@@ -349,9 +381,3 @@ class CodeState(SpanState):
     def capacity(self) -> int:
         """Bytes allocated, padding included."""
         return super().capacity + sum(x.nbytes for x in self.folded)
-
-
-def _normed(x: Tensor) -> Tensor:
-    """Root mean square D^-1/4 over each head, in at least float32, so that products are those of a scale D^-1/2."""
-    x = x.to(floating(x))
-    return x * ((x.square().mean(-1, keepdim=True) + NORM_EPS).rsqrt() * x.shape[-1] ** -0.25)

@@ -1,5 +1,8 @@
 """Batches of training windows: what a rank reads at each step, and what the model is told about it."""
 
+from __future__ import annotations
+
+import dataclasses
 import zlib
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -37,6 +40,22 @@ class Batch:
     first_sample: int
     begins: bool
     crc: int
+
+    def part(self, tokens: slice) -> Batch:
+        """The same windows, of each only the tokens start..stop-1: what one of the ranks that share them reads.
+
+        Ends of documents count from the first of these, and may lie beyond the last. The crc goes with the first token,
+        so that sums over ranks stay what they are.
+        """
+        positions, ends = self.positions, self.document_ends
+        return dataclasses.replace(
+            self,
+            tokens=self.tokens[:, tokens],
+            labels=self.labels[:, tokens],
+            positions=None if positions is None else positions[:, tokens],
+            document_ends=None if ends is None else ends[:, tokens] - tokens.start,
+            crc=0 if tokens.start else self.crc,
+        )
 
 
 class Loader:

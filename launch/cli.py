@@ -8,6 +8,7 @@ all else to stderr.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -43,7 +44,16 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """Arguments as a namespace with `run`, the function of the verb. Mistakes exit with 2."""
+    if os.environ.get("RANK", "0") != "0":  # of a launcher's processes one tells the user what is wrong
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+            return _parsed(argv)
+    return _parsed(argv)
+
+
+def _parsed(argv: list[str]) -> argparse.Namespace:
     parser, verbs = _parser()
+    # The deepspeed launcher says this in front of our words; the environment says it too.
+    argv = argv[1:] if argv and argv[0].startswith("--local_rank=") else argv
     arguments, rest = parser.parse_known_args(argv)
     overrides = [word for word in rest if "=" in word and not word.startswith("-")]
     stray = [word for word in rest if word not in overrides]
@@ -124,15 +134,24 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
             "demo model.mixers.near.window=64 --lengths 2048,8192,32768",
         )
     )
-    check = verb(
-        "checkpoint",
-        _checkpoint,
-        "whether a checkpoint is intact",
-        "verify runs/demo",
-        "verify runs/demo/checkpoints/step-300",
+    _add_checkpoint(
+        verb(
+            "checkpoint",
+            _checkpoint,
+            "whether a checkpoint is intact; its model for other programs",
+            "verify runs/demo",
+            "export runs/demo/checkpoints/step-300 --safetensors --out my-model",
+        )
     )
-    check.add_argument("action", choices=["verify"])
-    check.add_argument("path", type=Path, help="a checkpoint, or a run: all of its checkpoints")
+    _add_launch(
+        verb(
+            "launch",
+            _launch,
+            "write the script of a Slurm job that trains",
+            "slurm demo --nodes 2 --processes 8 --gpus",
+            "slurm demo --time 12:00:00 --option=--partition=long --submit",
+        )
+    )
     return parser, dict(verbs.choices)
 
 
@@ -209,6 +228,27 @@ def _add_bench(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--out", metavar="FOLDER", help="for bench.json, bench.csv and bench.svg (a new one in bench/)")
     sub.add_argument("--tune", action="store_true", help="instead, find the fastest kernel settings for these heads")
     sub.add_argument("--json", action="store_true", help="one JSON object on stdout")
+
+
+def _add_checkpoint(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("action", choices=["verify", "export"])
+    sub.add_argument("path", type=Path, help="a checkpoint, or a run: all of its checkpoints; to export: its newest")
+    sub.add_argument("--safetensors", action="store_true", help="the format of the export, so far the only one")
+    sub.add_argument("--out", type=Path, metavar="FOLDER", help="a new one for the export (export/step-N of the run)")
+
+
+def _add_launch(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("scheduler", choices=["slurm"])
+    _add_config(sub, "as of `lmtrain train`")
+    sub.add_argument("--nodes", type=_positive, default=1, help="machines (1)")
+    sub.add_argument("--processes", type=_positive, default=1, metavar="N", help="on each machine (1)")
+    sub.add_argument("--gpus", action="store_true", help="a GPU for each process")
+    sub.add_argument("--time", default="24:00:00", help="limit of the job (24:00:00); it saves before")
+    sub.add_argument(
+        "--option", action="append", default=[], help="one more option of sbatch: --option=--partition=long"
+    )
+    sub.add_argument("--out", type=Path, default=Path("train.slurm"), help="the script (train.slurm)")
+    sub.add_argument("--submit", action="store_true", help="also hand it to sbatch")
 
 
 def _words(text: str) -> list[str]:
@@ -332,8 +372,14 @@ def _bench(arguments: argparse.Namespace) -> int:
 def _checkpoint(arguments: argparse.Namespace) -> int:
     from lmtrain.checkpoint import verify
     from lmtrain.checkpoint.shelf import candidates
+    from lmtrain.export import export
 
     path: Path = arguments.path
+    if arguments.action == "export":
+        print(export(path, arguments.out))
+        return 0
+    if arguments.safetensors or arguments.out:
+        raise ValueError("--safetensors and --out say how to export; verify writes nothing")
     paths = candidates(path / "checkpoints") if (path / "checkpoints").is_dir() else [path]
     if not paths or not all(p.is_dir() for p in paths):
         raise ValueError(f"{path}: no checkpoint there")
@@ -341,6 +387,15 @@ def _checkpoint(arguments: argparse.Namespace) -> int:
     for checkpoint, problems in found:
         print(f"{checkpoint}: {'intact' if not problems else 'DAMAGED: ' + '; '.join(problems)}")
     return NO if any(problems for _, problems in found) else 0
+
+
+def _launch(arguments: argparse.Namespace) -> int:
+    from launch.slurm import Job, submit, write_script
+
+    job = Job(arguments.nodes, arguments.processes, arguments.gpus, arguments.time, tuple(arguments.option))
+    path = write_script(job, arguments.config, arguments.overrides, arguments.out)
+    print(submit(path) if arguments.submit else f"{path}: {job.world} processes; submit it with sbatch {path}")
+    return 0
 
 
 def _show(arguments: argparse.Namespace, to_json: Callable[[], Any], to_text: Callable[[], str]) -> None:

@@ -28,6 +28,7 @@ from attention.mixer import (
     parameter_count,
     residual_output,
 )
+from attention.shard import mean_of_ranks
 from lmtrain.config import ModelConfig
 from lmtrain.loss import linear_cross_entropy
 
@@ -104,6 +105,7 @@ class Block(nn.Module):
         outputs: list[MixerOutput] = []
         losses: dict[str, Tensor] = {}
         for name, mixer in self.items():
+            mixer.check_shard(ctx)
             watched = ctx.watching(name)
             outputs.append(mixer(x_BTD, watched, None if state is None else state[name]))
             check_finite(watched, "outputs of the mixer", outputs[-1].y)
@@ -193,11 +195,16 @@ class DecoderLM(nn.Module):
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Sum of -ln p (nats) over the labels [B, T] that are not -100, their number, and auxiliary losses.
 
-        The logits of the whole sequence never exist at once. With a `state` the tokens go on from those it has seen.
+        The logits of the whole sequence never exist at once. With a `state` the tokens go on from those it has seen. Of
+        a shard (`ctx.shard`) the sum is over its labels. The number weighs the auxiliary losses, which are of tokens,
+        scored or not: it is the shard's share by tokens in those of the whole rows, so numbers add up, too.
         """
         hidden_BTD, losses = self.hidden(tokens, ctx, state)
         total, count = linear_cross_entropy(hidden_BTD.flatten(0, 1), self.head_weight, labels.flatten())
         check_finite(ctx, "summed losses", total)
+        if losses and ctx is not None and ctx.shard is not None:
+            length = tokens.shape[1]
+            count = mean_of_ranks(ctx.shard, count.double() / length) * length
         return total, count, losses
 
     def hidden(self, tokens: Tensor, ctx: Context | None = None, state: ModelState | None = None) -> MixerOutput:

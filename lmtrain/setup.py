@@ -19,7 +19,7 @@ from lmtrain.model import DecoderLM
 from lmtrain.optimizer import build_optimizer, torch_adamw
 from parallel.deepspeed import DeepSpeedEngine
 from parallel.engine import Engine, TorchEngine
-from parallel.world import ALONE, World
+from parallel.world import ALONE, World, launched
 
 FREE_TO_CHANGE = (
     "run.dir", "data.path", "data.cache", "train.threads", "train.micro_batch", "log", "eval", "checkpoint", "parallel",
@@ -176,7 +176,16 @@ def check_run_folder(config: Config) -> list[Problem]:
     ]
 
 
-CHECKS = (check_data, check_device, check_run_folder, check_disk)
+def check_ranks(config: Config) -> list[Problem]:
+    """Whether the processes that a launcher started can share sequences as asked for."""
+    started, sequence = launched(), config.parallel.sequence
+    if started % sequence == 0:
+        return []
+    message = f"{sequence} ranks share a sequence, but {started} started: start a multiple of {sequence}"
+    return [Problem("", "parallel.sequence", f"{message} (torchrun --nproc-per-node {sequence} -m lmtrain train ..)")]
+
+
+CHECKS = (check_ranks, check_data, check_device, check_run_folder, check_disk)
 """All that is checked before training, beside the configuration itself."""
 
 

@@ -35,10 +35,11 @@ def start(
         parallel = ParallelConfig()  # all ranks must meet before the first one may say what is wrong
     if parallel.engine == "deepspeed":
         load_library()
-    with join() as world, Watchdog(world, parallel.timeout) as watchdog:
+    sequence = parallel.sequence if launched() % parallel.sequence == 0 else 1  # else `CHECKS` complain
+    with join(sequence) as world, Watchdog(world, parallel.timeout) as watchdog:
         checks = CHECKS if world.is_first else ()
         try:
-            config = together(world, lambda: load(path_or_name, overrides, checks=checks, ranks=world.data_size))
+            config = together(world, lambda: load(path_or_name, overrides, checks=checks, ranks=world.size))
             return train(config, resume=resume, fresh=fresh, debug=debug, world=world, watchdog=watchdog)
         except AgreedError:
             if world.is_first:

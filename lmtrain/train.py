@@ -46,6 +46,7 @@ from lmtrain.signals import StopRequest
 from lmtrain.streams import Streams
 from parallel.agree import AgreedError, by_first, first_before_others, together
 from parallel.engine import StepInfo
+from parallel.sequence import SequenceShard, even_lengths
 from parallel.watchdog import Watchdog
 from parallel.world import ALONE, World
 
@@ -67,15 +68,18 @@ def train(
     resume: a checkpoint to start a new run from (a fork), or the newest one of run.dir itself. fresh: if run.dir
     holds damaged checkpoints only, begin again beside them. debug: FloatingPointError where a forward pass makes a
     number that is not finite, instead of a skipped update. world: the ranks that train together, all of which call
-    this; watchdog: of this one. Returns the exit code, the same on all; ValueError is the user's.
+    this; watchdog: of this rank (without, the first one alone writes how it failed). Returns the exit code, the same on
+    all; ValueError is the user's.
     """
     watchdog = watchdog or Watchdog(ALONE, config.parallel.timeout)
     with StopRequest(world) as stop, open_folder(config, world) as run:
-        watchdog.on_failure = run.fail
+        if world.is_first or watchdog.world is world:
+            watchdog.on_failure = run.fail
         try:
             return Training(config, run, stop, debug, world, watchdog.at).go(resume, fresh)
         except AgreedError as error:
-            run.fail(str(error))
+            if world.is_first:
+                run.fail(str(error))
             raise
         except BaseException as error:
             reason = watchdog.fail(f"{type(error).__name__}: {error}")
@@ -122,6 +126,9 @@ class Training:
         self.loader = make_loader(config, self.data.train, world)
         micro_batch = config.micro_batch(world.data_size)
         self.streams = Streams(self.model, micro_batch, config.carry, world) if config.data.stream else None
+        self.shard: SequenceShard | None = None
+        if world.sequence > 1:
+            self.shard = SequenceShard(world, even_lengths(config.data.seq_len, world.sequence))
         self.step = self.samples = self.tokens = self.skipped = self.skips_in_a_row = 0
         background = config.checkpoint.asynchronous
         background = self.device.type == "cuda" if background is None else background
@@ -171,6 +178,9 @@ class Training:
     def _one_step(self, batches: list[Batch]) -> StepInfo:
         """Forward and backward over the micro-batches, one update, counters, and its row if it is logged."""
         with self.seconds:
+            if self.shard is not None:
+                batches = [batch.part(self.shard.tokens) for batch in batches]
+                self.shard.sent = 0
             scored, crc = self._over_ranks(
                 sum(int((batch.labels >= 0).sum()) for batch in batches), sum(batch.crc for batch in batches)
             )
@@ -181,6 +191,7 @@ class Training:
                     document_ends=_to(batch.document_ends, self.device),
                     statistics=statistics if micro == len(batches) - 1 else None,
                     debug=self.debug,
+                    shard=self.shard,
                 )
                 self.at(f"step {self.step + 1}, micro-batch {micro + 1} of {len(batches)}")
                 number = micro * self.world.data_size + self.world.data_rank  # in the step, whoever reads it
@@ -241,6 +252,9 @@ class Training:
             row["auxiliary"] = info.auxiliary
         if mixers:
             row["mixers"] = mixers
+        if self.shard is not None:
+            sequences = config.batch_sequences // self.world.data_size
+            row["sent_per_token"] = self.shard.sent / (sequences * self.shard.lengths[self.shard.rank])
         seen = Pace(
             steps=config.train.steps,
             bits_per_byte=bits_per_byte(info.loss, self.data.train),
@@ -257,6 +271,8 @@ class Training:
         scalars = {f"train/loss{mark}": info.loss, f"train/bpb{mark}": seen.bits_per_byte}
         scalars |= {f"train/{key}": row[key] for key in ("lr", "grad_norm", "tokens", "skipped")}
         scalars |= {"perf/tokens_per_second": row["tokens_per_second"], "perf/memory": seen.memory}
+        if self.shard is not None:
+            scalars["perf/sent_per_token"] = row["sent_per_token"]
         self._scalars(scalars | {"perf/flops": seen.flops} | watch.tags(mixers))
         self.seconds.reset()
 

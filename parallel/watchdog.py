@@ -58,7 +58,7 @@ class Watchdog:
         self._progress = 0.0  # when a main thread last came further
         self._looked = 0.0
         self._failed_since: float | None = None
-        self._telling, self._told = threading.Lock(), False
+        self._telling, self._told, self._ending = threading.Lock(), False, False
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -76,6 +76,7 @@ class Watchdog:
         What this process has left to do must end within seconds, for others may be gone.
         """
         if self.world.size > 1:
+            self._ending = True
             faulthandler.dump_traceback_later(LISTEN + GRACE, exit=True)
             reason = self._agreed(self._cause() or f"{self._here()}: {reason}")
         self._tell(reason)
@@ -98,10 +99,13 @@ class Watchdog:
         self._over.set()
         if self._thread.is_alive():
             self._thread.join()
+            faulthandler.cancel_dump_traceback_later()
         self.world.barrier()  # a launcher ends whoever is at work when the first process leaves
 
     def _watch(self) -> None:
         while not self._over.wait(PERIOD):
+            if not self._ending:  # a store that is gone, its cable cut, may keep us for ever
+                faulthandler.dump_traceback_later(self.seconds + GRACE, exit=True)
             try:
                 self._say()
                 reason = self._look()
@@ -187,6 +191,7 @@ class Watchdog:
                 self.on_failure(reason)
 
     def _end(self, reason: str) -> None:
+        self._ending = True
         faulthandler.dump_traceback_later(GRACE, exit=True)  # should the disk or the store hang, too
         reason = self._agreed(reason)
         print(f"rank {self.world.rank} ends at {self._place}: {reason}; its threads:", file=sys.stderr, flush=True)

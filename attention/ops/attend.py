@@ -65,13 +65,20 @@ def attend(
 
 @dataclass(frozen=True)
 class KeySet:
-    """Keys with lifetimes, and the queries that ask them: q, k, v, life, key_bias of `attend`. Sets may differ in D."""
+    """Keys with lifetimes, and the queries that ask them: q, k, v, life, key_bias, gate of `attend`. Sets may differ in
+    D.
+
+    columns    more columns of q and k, as two tensors, [B, H, Nq, F] and one broadcastable to [B, G, Nk, F]. So sets
+               may share the other columns; and where those of the keys are constants, nobody computes their gradient
+    """
 
     q: Tensor
     k: Tensor
     v: Tensor
     life: Lifetimes
     key_bias: Tensor | None = None
+    gate: tuple[Tensor, Tensor] | None = None
+    columns: tuple[Tensor, Tensor] | None = None
 
 
 def attend_union(
@@ -80,17 +87,24 @@ def attend_union(
     """One softmax over disjoint sets of keys: (out, lse) of their `merge`, by a shorter way back.
 
     time, scale as in `attend`, of all sets alike. For kinds of keys that one call would serve badly: another width,
-    another order. Raises ValueError for no sets, and as `attend`.
+    another order, a gate. Where a tau is NaN, so are out and lse. Raises ValueError for no sets, and as `attend`.
     """
     if not sets:
         raise ValueError("sets: expected at least one set of keys, got none")
     for one in sets:
-        _check(one.q, one.k, one.v, one.life, time, one.key_bias, None, None)
+        _check(one.q, one.k, one.v, one.life, time, one.key_bias, one.gate, None)
+        if one.columns is not None:
+            _check_columns(one, *one.columns)
+    widths = [one.q.shape[-1] + (0 if one.columns is None else one.columns[0].shape[-1]) for one in sets]
     if scale is None:
-        scale = sets[0].q.shape[-1] ** -0.5
-    kernel = all(one.q.is_cuda and _takes_kernel(one.q, one.v) for one in sets)
+        scale = widths[0] ** -0.5
+    kernel = all(one.q.is_cuda and _takes_kernel(one.q, one.v, width) for one, width in zip(sets, widths, strict=True))
     tensors = [
-        (one.q, one.k, one.v, one.life.birth, one.life.death, one.life.generation, time, one.key_bias, None, None)
+        (
+            *(one.q, one.k, one.v, one.life.birth, one.life.death, one.life.generation, time, one.key_bias),
+            *(one.gate or (None, None)),
+            *(one.columns or (None, None)),
+        )
         for one in sets
     ]
     return union_op(tensors, float(scale), kernel)
@@ -200,22 +214,31 @@ def _check(
         raise ValueError("time: expected ascending times along the queries, got some that fall")
 
 
+def _check_columns(one: KeySet, of_q: Tensor, of_k: Tensor) -> None:
+    (B, H, Nq, _), (G, Nk) = one.q.shape, one.k.shape[1:3]
+    if of_q.shape[:-1] != (B, H, Nq):
+        raise ValueError(f"columns[0]: expected shape [{B}, {H}, {Nq}, width] as q's, got {tuple(of_q.shape)}")
+    _check_one("columns[0]", of_q, of_q.shape, one.q.dtype, one.q.device)
+    _check_one("columns[1]", of_k, (B, G, Nk, of_q.shape[-1]), one.q.dtype, one.q.device)
+
+
 def _may_look(x: Tensor) -> bool:
     """Whether a check may read numbers: not while a graph is traced, nor where it would wait for the device."""
     return (DEBUG or x.device.type == "cpu") and not torch.compiler.is_compiling()
 
 
-def _takes_kernel(q: Tensor, v: Tensor) -> bool:
-    """Whether the kernels serve a call best that does not say; Triton is imported by the first one on a GPU."""
-    return q.shape[2] > FEW_QUERIES and _why_no_kernel(q, v) is None
+def _takes_kernel(q: Tensor, v: Tensor, width: int | None = None) -> bool:
+    """Whether the kernels serve a call best that does not say, with queries `width` wide, or as wide as they are.
+    Triton is imported by the first one on a GPU."""
+    return q.shape[2] > FEW_QUERIES and _why_no_kernel(q, v, width) is None
 
 
-def _why_no_kernel(q: Tensor, v: Tensor) -> str | None:
+def _why_no_kernel(q: Tensor, v: Tensor, width: int | None = None) -> str | None:
     try:
         from attention.ops.attend_triton import why_not
     except ModuleNotFoundError as error:
         return f"the Triton kernels need the package {error.name}"
-    return why_not(q, v)
+    return why_not(q, v, width)
 
 
 def _check_one(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:

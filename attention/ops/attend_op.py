@@ -25,7 +25,7 @@ _OPERANDS = (
 _library.define(f"attend({_OPERANDS}, float scale, bool kernel) -> (Tensor out, Tensor lse)")
 _library.define(
     f"attend_backward(Tensor dout, Tensor? dlse, {_OPERANDS}, Tensor out, Tensor lse, float scale, bool kernel, "
-    "bool wants_bias=True) -> Tensor[]"
+    "bool wants_bias=True, int fixed=0) -> Tensor[]"
 )
 _forward_op = torch.ops.attention.attend.default
 _backward_op = torch.ops.attention.attend_backward.default
@@ -91,11 +91,13 @@ def _backward(
     scale: float,
     kernel: bool,
     wants_bias: bool = True,
+    fixed: int = 0,
 ) -> list[Tensor]:
-    """Gradients of q, k, v, and of those of bias (if wanted), u, tau that are given, as [B, G, Nk] and [B, H, Nq]."""
+    """Gradients of q, k (without its last `fixed` columns), v, and of those of bias (if wanted), u, tau that are given,
+    as [B, G, Nk] and [B, H, Nq]."""
     with _no_autocast(q):
         x, life = _operands(q, k, v, bias, u, tau, scale), Lifetimes(birth, death, generation)
-        return _path(kernel).attend_backward(dout, dlse, x, life, time, out, lse, wants_bias).given
+        return _path(kernel).attend_backward(dout, dlse, x, life, time, out, lse, wants_bias, fixed).given
 
 
 def _fake_backward(
@@ -116,8 +118,9 @@ def _fake_backward(
     scale: float,
     kernel: bool,
     wants_bias: bool = True,
+    fixed: int = 0,
 ) -> list[Tensor]:
-    grads = [empty_heads_last(t, t.shape[-1]) for t in (q, k, v)]
+    grads = [empty_heads_last(t, t.shape[-1] - less) for t, less in ((q, 0), (k, fixed), (v, 0))]
     given = ((k, bias if wants_bias else None), (k, u), (q, tau))
     owners = (t for t, operand in given if operand is not None)
     return grads + [empty_heads_last(t, dtype=lse.dtype) for t in owners]
@@ -162,8 +165,10 @@ class _Attend(torch.autograd.Function):
         *tensors, out, lse = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(out)
-        wants_bias = ctx.needs_input_grad[7]
-        return *_gradients(dout, dlse, tensors, out, lse, ctx.scale, ctx.kernel, wants_bias), None, None
+        wants_k, wants_bias = ctx.needs_input_grad[1], ctx.needs_input_grad[7]
+        fixed = 0 if wants_k else tensors[1].shape[-1]
+        grads = _gradients(dout, dlse, tensors, out, lse, ctx.scale, ctx.kernel, wants_bias, fixed)
+        return *grads, None, None
 
 
 def _gradients(
@@ -175,17 +180,19 @@ def _gradients(
     scale: float,
     kernel: bool,
     wants_bias: bool,
-) -> list[Tensor | None]:
-    """Those of the ten tensors of `attend_op`."""
-    dq, dk, dv, *rest = _backward_op(dout, dlse, *tensors, out, lse, scale, kernel, wants_bias)
+    fixed: int,
+) -> list[Any]:
+    """Those of the ten tensors of `attend_op`, that of k without its last `fixed` columns: None if none is left."""
+    dq, dk, dv, *rest = _backward_op(dout, dlse, *tensors, out, lse, scale, kernel, wants_bias, fixed)
     optional = (tensors[7] if wants_bias else None, *tensors[8:])  # bias, u, tau
     last = [None if t is None else rest.pop(0).sum_to_size(t.shape) for t in optional]
-    return [dq, dk, dv, None, None, None, None, *last]
+    return [dq, dk if dk.shape[-1] else None, dv, None, None, None, None, *last]
 
 
 def union_op(sets: Sequence[tuple[Tensor | None, ...]], scale: float, kernel: bool) -> tuple[Tensor, Tensor]:
-    """(out, lse) over the union of disjoint key sets, each the ten tensors of `attend_op`."""
-    return _Union.apply(len(sets), scale, kernel, *chain.from_iterable(sets))
+    """(out, lse) over the union of disjoint key sets, each the ten tensors of `attend_op` and then what follows on the
+    columns of its q and k, both or none: [B, H, Nq, F] and, broadcastable to it, [B, G, Nk, F]."""
+    return _Union.apply(scale, kernel, *chain.from_iterable(sets))
 
 
 class _Union(torch.autograd.Function):
@@ -193,10 +200,13 @@ class _Union(torch.autograd.Function):
     of all. So each set's backward pass, given these, is its part of the whole: no gradient passes through a merging."""
 
     @staticmethod
-    def forward(ctx: Any, number: int, scale: float, kernel: bool, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-        out, lse = merge([_forward_op(*one, scale, kernel) for one in _in_tens(tensors)])
+    def forward(ctx: Any, scale: float, kernel: bool, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        sets = list(_in_groups(tensors, 12))
+        joined = [_joined(*one) for one in sets]
+        out, lse = merge([_one_of_union(one, scale, kernel) for one in joined])
         ctx.scale, ctx.kernel = scale, kernel
-        ctx.save_for_backward(*tensors, out, lse)
+        ctx.shapes = [(q.shape[-1], None if more is None else more.shape) for q, *_, more in sets]
+        ctx.save_for_backward(*chain.from_iterable(joined), out, lse)
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -206,16 +216,36 @@ class _Union(torch.autograd.Function):
         *tensors, out, lse = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(out)
-        grads: list[Tensor | None] = [None] * 3
-        for number, one in enumerate(_in_tens(tensors)):
-            wants_bias = ctx.needs_input_grad[3 + 10 * number + 7]
-            grads += _gradients(dout, dlse, one, out, lse, ctx.scale, ctx.kernel, wants_bias)
+        grads: list[Tensor | None] = [None] * 2
+        wants = _in_groups(ctx.needs_input_grad[2:], 12)
+        for one, wanted, (width, more) in zip(_in_groups(tensors, 10), wants, ctx.shapes, strict=True):
+            wants_k, wants_bias, wants_more = wanted[1], wanted[7], wanted[11]
+            fixed = 0 if wants_more else one[1].shape[-1] - (width if wants_k else 0)
+            dq, dk, *rest = _gradients(dout, dlse, one, out, lse, ctx.scale, ctx.kernel, wants_bias, fixed)
+            grads += [dq[..., :width], dk[..., :width] if wants_k else None, *rest]
+            grads.append(None if more is None else dq[..., width:])
+            grads.append(dk[..., width:].sum_to_size(more) if wants_more else None)
         return tuple(grads)
 
 
-def _in_tens(tensors: Sequence[Tensor | None]) -> Iterator[Sequence[Tensor | None]]:
-    for first in range(0, len(tensors), 10):
-        yield tensors[first : first + 10]
+def _one_of_union(tensors: Sequence[Tensor | None], scale: float, kernel: bool) -> tuple[Tensor, Tensor]:
+    """(out, lse) of one set; a tau that is no number must not pass for a share of 0."""
+    out, lse = _forward_op(*tensors, scale, kernel)
+    tau = tensors[9]
+    return out, lse if tau is None else lse.masked_fill(tau.isnan(), torch.nan)
+
+
+def _joined(q: Tensor, k: Tensor, *more: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The ten tensors of `attend_op`, from the twelve of a set of `union_op`."""
+    *others, of_q, of_k = more
+    if of_q is not None and of_k is not None:
+        q, k = torch.cat([q, of_q], -1), torch.cat([k, of_k.expand(*k.shape[:3], of_q.shape[-1])], -1)
+    return q, k, *others
+
+
+def _in_groups(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    for first in range(0, len(items), size):
+        yield items[first : first + size]
 
 
 def _differentiable(*args: Any) -> tuple[Tensor, Tensor]:
@@ -276,4 +306,5 @@ def _backward_flops(
     **kwargs: Any,
 ) -> int:
     """Five products per living pair (logits, dq, dk; dv, d weights), the weights being recomputed."""
-    return 2 * (3 * q.shape[-1] + 2 * v.shape[-1]) * _pairs(q, k, birth, death, time)
+    fixed = args[8] if len(args) > 8 else 0
+    return 2 * (3 * q.shape[-1] - fixed + 2 * v.shape[-1]) * _pairs(q, k, birth, death, time)

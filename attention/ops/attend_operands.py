@@ -31,7 +31,8 @@ class Operands:
 
 @dataclass(frozen=True)
 class Gradients:
-    """In the shapes of the operands; q, k, v in their type, the others in at least float32."""
+    """In the shapes of the operands, that of k without columns that want none; q, k, v in their type, the others in at
+    least float32."""
 
     q: Tensor
     k: Tensor
@@ -41,11 +42,12 @@ class Gradients:
     tau: Tensor | None
 
     @staticmethod
-    def empty(x: Operands, wants_bias: bool = True) -> Gradients:
-        """To be filled; those of q, k, v with heads behind tokens in memory."""
-        bias = x.bias if wants_bias else None
+    def empty(x: Operands, wants_bias: bool = True, fixed: int = 0) -> Gradients:
+        """To be filled, that of k without its last `fixed` columns; those of q, k, v with heads behind tokens in
+        memory."""
+        bias, width = x.bias if wants_bias else None, x.k.shape[-1] - fixed
         return Gradients(
-            *(empty_heads_last(t, t.shape[-1]) for t in (x.q, x.k, x.v)),
+            *(empty_heads_last(t, n) for t, n in ((x.q, x.q.shape[-1]), (x.k, width), (x.v, x.v.shape[-1]))),
             *(None if t is None else empty_heads_last(t, dtype=x.wide) for t in (bias, x.u, x.tau)),
         )
 

@@ -147,13 +147,16 @@ def segments_backward(
     lse: Tensor,
     segments: Segments,
     scale: float,
+    fixed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv). The kernel knows no gradient of lse; one more value column of zeros brings it in.
+    """(dq, dk, dv), dk without its last `fixed` columns.
 
-    The kernel computes delta = sum(out * dout) per query. With out' = [out, -1], dout' = [dout, dlse] and
-    v' = [v, 0] it computes delta - dlse, and the products dout' v'^T stay what they were: exactly what is needed.
+    The kernel knows no gradient of lse; one more value column of zeros brings it in. It computes delta = sum(out *
+    dout) per query. With out' = [out, -1], dout' = [dout, dlse] and v' = [v, 0] it computes delta - dlse, and the
+    products dout' v'^T stay what they were: exactly what is needed.
     """
     dtype, dim, value_dim, group = q.dtype, q.shape[-1], v.shape[-1], q.shape[1] // k.shape[1]
+    wanted = dim - fixed
     if bias is not None or not _one_call(segments, q, k):  # weights exp(-inf - lse) of who meets nobody are 0, too
         nobody = lse == -torch.inf
         lse, dlse = lse.masked_fill(nobody, 0.0), None if dlse is None else dlse.masked_fill(nobody, 0.0)
@@ -170,13 +173,12 @@ def segments_backward(
         mask, causal = _as_mask(bias, group), segments.causal
         dout, q, k, v, out = (_widened(x, width) for x in (dout, q, k, v, out))
         dq, dk, dv = _flash_backward(dout, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale)
-        return [dq[..., :dim], dk[..., :dim], dv[..., :value_dim]]
+        return [dq[..., :dim], dk[..., :wanted], dv[..., :value_dim]]
 
     if _one_call(segments, q, k):
         dq, dk, dv = call(q, dout, out, lse, k, v, bias)
         return dq.to(dtype), dk.to(dtype), dv.to(dtype)
-    dq, dk = (empty_heads_last(x, dim, dtype=dtype) for x in (q, k))
-    dv = empty_heads_last(v, value_dim, dtype=dtype)
+    dq, dk, dv = (empty_heads_last(x, width, dtype=dtype) for x, width in ((q, dim), (k, wanted), (v, value_dim)))
     _fill_rest(dq, segments, 0.0, lambda run: run.queries)
     for target in (dk, dv):
         _fill_rest(target, segments, 0.0, lambda run: run.keys)

@@ -51,7 +51,8 @@ def tiles_backward(x: Operands, part: Part, dout: Tensor, delta: Tensor, lse: Te
     rows = Rows(x, part)
     dout, delta, lse, dq = (rows.of_queries(t) for t in (dout, delta, lse, grads.q))
     dtau = None if grads.tau is None else rows.of_queries(grads.tau)
-    dk, dv = rows.k.new_zeros(rows.k.shape), rows.v.new_zeros(rows.v.shape)
+    wanted = grads.k.shape[-1]  # columns of k, the first of them
+    dk, dv = rows.k.new_zeros(*rows.k.shape[:2], wanted), rows.v.new_zeros(rows.v.shape)
     dbias, du = (None if t is None else dk.new_zeros(dk.shape[:2]) for t in (grads.bias, grads.u))
     for tile in part.tiles:
         here = rows.visit(tile)
@@ -71,7 +72,7 @@ def tiles_backward(x: Operands, part: Part, dout: Tensor, delta: Tensor, lse: Te
         here.add(dv, torch.bmm(weights.transpose(1, 2), dout_tile))
         dlogits = dweights.mul_(weights)
         here.write(dq, torch.bmm(dlogits, key_tile).mul_(x.scale))
-        here.add(dk, torch.bmm(dlogits.transpose(1, 2), query_tile))
+        here.add(dk, torch.bmm(dlogits.transpose(1, 2), query_tile[..., :wanted]))
         if dbias is not None:
             here.add(dbias, dlogits.sum(1))
     for target, grad in ((grads.k, dk), (grads.v, dv), (grads.bias, dbias), (grads.u, du)):

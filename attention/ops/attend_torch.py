@@ -42,15 +42,17 @@ def attend_backward(
     out: Tensor,
     lse: Tensor,
     wants_bias: bool = True,
+    fixed: int = 0,
 ) -> Gradients:
-    """Gradients of `attend` in all its operands, from those of out and, unless None, lse; of a bias if wanted."""
+    """Gradients of `attend` in all its operands, from those of out and, unless None, lse; of a bias if wanted, and of k
+    without its last `fixed` columns."""
     route = find_route(x, life, time, wants_bias)
     if route.segments is not None:
-        dqkv = segments_backward(dout, dlse, x.q, x.k, x.v, x.bias, out, lse, route.segments, x.scale)
+        dqkv = segments_backward(dout, dlse, x.q, x.k, x.v, x.bias, out, lse, route.segments, x.scale, fixed)
         dq, dk, dv = (heads_last(t) for t in dqkv)
         return Gradients(dq, dk, dv, None, None, None)
     delta, lse = row_terms(dout, dlse, out, lse, x.wide)
-    grads = Gradients.empty(x, wants_bias)
+    grads = Gradients.empty(x, wants_bias, fixed)
     for part in route.parts:
         tiles_backward(x, part, dout, delta, lse, grads)
     return grads

@@ -27,12 +27,13 @@ TYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOG2_E = math.log2(math.e)
 
 
-def why_not(q: Tensor, v: Tensor) -> str | None:
-    """What keeps the kernels from taking these queries and values; None: nothing."""
+def why_not(q: Tensor, v: Tensor, width: int | None = None) -> str | None:
+    """What keeps the kernels from taking these queries, `width` or as wide as they are, and values; None: nothing."""
+    widest = max(width or q.shape[-1], v.shape[-1])
     if q.dtype not in TYPES:
         return f"the Triton kernels take float32, bfloat16 or float16, got {q.dtype}"
-    if max(q.shape[-1], v.shape[-1]) > WIDEST:
-        return f"the Triton kernels take heads up to {WIDEST} wide, got {max(q.shape[-1], v.shape[-1])}"
+    if widest > WIDEST:
+        return f"the Triton kernels take heads up to {WIDEST} wide, got {widest}"
     if not q.is_cuda and not interpreted():
         return (
             f"the Triton kernels run on CUDA devices, got {q.device} "
@@ -67,13 +68,15 @@ def attend_backward(
     out: Tensor,
     lse: Tensor,
     wants_bias: bool = True,
+    fixed: int = 0,
 ) -> Gradients:
     """Gradients of `attend` in all its operands, as `attend_torch.attend_backward`."""
-    grads = Gradients.empty(x, wants_bias)
     if lse.numel() == 0 or x.k.shape[2] == 0:
+        grads = Gradients.empty(x, wants_bias, fixed)
         for grad in grads.given:
             grad.zero_()
         return grads
+    grads = Gradients.empty(x, wants_bias)
     call = _Call(x, life, time)
     delta, lse = row_terms(dout, dlse, out, lse, x.wide)
     dout = call.readable(dout)
@@ -91,7 +94,8 @@ def attend_backward(
     dbias, du = call.over_keys(rows, dk, dv)
     for mine, theirs in ((grads.q, dq), (grads.k, dk), (grads.v, dv)):
         _written(mine, theirs)
-    return Gradients(grads.q, grads.k, grads.v, dbias if wants_bias else None, du, dtau)
+    wanted = heads_last(grads.k[..., : x.k.shape[-1] - fixed])  # the kernels know no columns without gradient
+    return Gradients(grads.q, wanted, grads.v, dbias if wants_bias else None, du, dtau)
 
 
 class _Call:

@@ -11,8 +11,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+AT_ONCE = 256  # tokens summed in one product: their table of S codes each stays small
 DISTANCES = 2**17  # held at a time: 512 KiB of float32
 
 
@@ -68,6 +70,41 @@ def code_sums(code: Tensor, x: Tensor, codes: int) -> tuple[Tensor, Tensor]:
     return member.sum(-2), member.mT @ x
 
 
+def code_totals(code: Tensor, v: Tensor, codes: int) -> tuple[Tensor, Tensor]:
+    """How many tokens have each code, [B, G, S], and their mean value [B, G, S, Dv], 0 where there is none.
+
+    code int [B, G, T], and v [B, G, T, Dv]; who has the code S counts for nothing. Both in at least float32; linear in
+    v, with its gradient.
+    """
+    return _CodeTotals.apply(code, v, codes)
+
+
+class _CodeTotals(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, code: Tensor, v: Tensor, codes: int) -> tuple[Tensor, Tensor]:
+        count = v.new_zeros(*code.shape[:2], codes + 1, dtype=_wide(v.dtype))
+        mean = count.new_zeros(*count.shape, v.shape[-1])
+        with torch.autocast(v.device.type, enabled=False):
+            for here, theirs in zip(code.split(AT_ONCE, 2), v.split(AT_ONCE, 2), strict=True):
+                number, total = code_sums(here, theirs.to(mean.dtype), codes + 1)
+                count += number
+                mean += (total - number[..., None] * mean) / count.clamp(min=1)[..., None]
+        share = count[..., :codes].clamp(min=1).reciprocal()
+        ctx.save_for_backward(code, share)
+        ctx.dtype = v.dtype
+        count, mean = count[..., :codes].clone(), mean[..., :codes, :].clone()
+        ctx.mark_non_differentiable(count)
+        return count, mean
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dcount: Tensor, dmean: Tensor) -> tuple[None, Tensor, None]:
+        code, share = ctx.saved_tensors
+        of_code = F.pad(share[..., None] * dmean, (0, 0, 0, 1))  # behind the codes one of nobody, without gradient
+        dv = of_code.gather(2, code[..., None].long().expand(*code.shape, dmean.shape[-1]))
+        return None, dv.to(ctx.dtype), None
+
+
 def code_prefix(
     code: Tensor,
     v: Tensor,
@@ -85,10 +122,10 @@ def code_prefix(
     carry   (count, mean) before block 0, if it is not fresh
 
     Returns count [B, G, N, S], and mean [B, G, N, S, Dv], 0 for codes that nobody has, both in at least float32. Linear
-    in v, with its gradient. A recurrence of weighted means: sums would grow without end, and lose what they are made
-    of.
+    in v and the carried mean, with their gradients. A recurrence of weighted means: sums would grow without end, and
+    lose what they are made of.
     """
-    return _CodePrefix.apply(code, v, codes, fresh, whole, carry)
+    return _CodePrefix.apply(code, v, codes, fresh, whole, *((None, None) if carry is None else carry))
 
 
 class _CodePrefix(torch.autograd.Function):
@@ -103,7 +140,8 @@ class _CodePrefix(torch.autograd.Function):
         codes: int,
         fresh: Tensor,
         whole: Tensor,
-        carry: tuple[Tensor, Tensor] | None,
+        carried_count: Tensor | None,
+        carried_mean: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         number, wide = code.shape[2], _wide(v.dtype)
         count = v.new_zeros(*code.shape[:3], codes, dtype=wide)
@@ -111,11 +149,11 @@ class _CodePrefix(torch.autograd.Function):
         old, new = torch.zeros_like(count), torch.zeros_like(count)
         goes_on, whole = (x.to(wide)[:, None, :, None] for x in (~fresh, whole))
         if number:
-            if carry is None:
+            if carried_count is None or carried_mean is None:
                 mean[:, :, 0] = 0
             else:
-                count[:, :, 0] = carry[0] * goes_on[:, :, 0]
-                mean[:, :, 0] = carry[1] * goes_on[:, :, 0, :, None]
+                count[:, :, 0] = carried_count * goes_on[:, :, 0]
+                mean[:, :, 0] = carried_mean * goes_on[:, :, 0, :, None]
         with torch.autocast(v.device.type, enabled=False):
             for i in range(number - 1):
                 number_here, sums = code_sums(code[:, :, i], v[:, :, i].to(wide), codes)
@@ -126,14 +164,15 @@ class _CodePrefix(torch.autograd.Function):
                 following = mean[:, :, i + 1]
                 torch.mul(mean[:, :, i], old[:, :, i, :, None], out=following)
                 following.addcmul_(sums, new[:, :, i, :, None])
-        ctx.save_for_backward(code, old, new)
+        ctx.save_for_backward(code, old, new, goes_on)
         ctx.dtype = v.dtype
+        ctx.carried = None if carried_mean is None else (carried_mean.shape, carried_mean.dtype)
         ctx.mark_non_differentiable(count)
         return count, mean
 
     @staticmethod
     def backward(ctx: Any, dcount: Tensor, dmean: Tensor) -> tuple[Tensor | None, ...]:
-        code, old, new = ctx.saved_tensors
+        code, old, new, goes_on = ctx.saved_tensors
         number, width = code.shape[2], dmean.shape[-1]
         dv = dmean.new_zeros(*code.shape, width, dtype=ctx.dtype)
         if number:
@@ -142,7 +181,13 @@ class _CodePrefix(torch.autograd.Function):
             of_code = new[:, :, i, :, None] * total
             dv[:, :, i] = of_code.gather(2, code[:, :, i, :, None].long().expand(*code.shape[:2], -1, width))
             total = torch.addcmul(dmean[:, :, i], old[:, :, i, :, None], total)
-        return None, dv, None, None, None, None
+        dcarry = None
+        if ctx.carried is not None:
+            shape, dtype = ctx.carried
+            dcarry = dmean.new_zeros(shape, dtype=dtype)
+            if number:
+                dcarry += total * goes_on[:, :, 0, :, None]
+        return None, dv, None, None, None, None, dcarry
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

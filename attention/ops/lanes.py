@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from attention.lifetimes import FOREVER, Lifetimes
@@ -111,6 +112,15 @@ def attend_lanes(q: Tensor, k: Tensor, v: Tensor, lanes: Lanes) -> tuple[Tensor,
         k, v = lanes.keys.apply(k), lanes.keys.apply(v)
     out, lse = attend(mine.apply(q), k, v, lanes.life, time=time)
     return mine.undo(out), mine.undo(lse)
+
+
+def met_by(lanes: Lanes, first: int, stop: int) -> Tensor:
+    """Which keys the queries numbered first..stop-1 meet, bool [B or 1, G or 1, Nk]; of lanes in which all ask."""
+    assert lanes.keys is not None
+    order, life = lanes.keys.order, lanes.life
+    asking = F.pad(((first <= order) & (order < stop)).cumsum(-1), (1, 0))
+    before, until = (asking.gather(-1, rank.expand(order.shape).long()) for rank in (life.birth, life.death))
+    return (before < until).gather(-1, lanes.keys.inverse)
 
 
 def _run_ends(group: Tensor) -> Tensor:

@@ -34,6 +34,6 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     shares = (weights / total)[..., None]
     merged = parts[0][0].to(wide) * shares[0]
     for share, (out, _) in zip(shares[1:], parts[1:], strict=True):
-        merged = torch.addcmul(merged, out.to(wide), share)
+        merged.addcmul_(out.to(wide), share)
     lse = (total.log() + top).masked_fill(empty, -torch.inf)
     return merged.to(parts[0][0].dtype), lse

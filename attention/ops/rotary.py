@@ -1,5 +1,7 @@
 """Rotary position embedding: angles from the positions given, precise at any position."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -42,7 +44,34 @@ def apply_rotary(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     cos, sin = (t.to(wide).unsqueeze(1) if t.dim() == 3 else t.to(wide) for t in table)
+    shape = torch.broadcast_shapes(x.shape[:-1], cos.shape[:-1])
+    x = x.expand(*shape, x.shape[-1])
+    return _turned(x, cos, sin) if torch.compiler.is_compiling() else _Turn.apply(x, cos, sin)
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The definition; a compiler makes one pass of it."""
     half = cos.shape[-1]
-    first, second, rest = x[..., :half].to(wide), x[..., half : 2 * half].to(wide), x[..., 2 * half :]
-    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
-    return turned if rest.shape[-1] == 0 else torch.cat([turned, rest], -1)
+    first, second, rest = x[..., :half].to(cos.dtype), x[..., half : 2 * half].to(cos.dtype), x[..., 2 * half :]
+    return torch.cat([(first * cos - second * sin).to(x.dtype), (second * cos + first * sin).to(x.dtype), rest], -1)
+
+
+class _Turn(torch.autograd.Function):
+    """`_turned`, written half by half into its place: products, sums and halves as tensors of their own would take
+    three times as long. The gradient is turned back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        half = cos.shape[-1]
+        first, second = (part.to(cos.dtype) for part in (x[..., :half], x[..., half : 2 * half]))
+        turned = torch.empty(x.shape, dtype=cos.dtype, device=x.device)
+        torch.mul(first, cos, out=turned[..., :half]).addcmul_(second, sin, value=-1.0)
+        torch.mul(second, cos, out=turned[..., half : 2 * half]).addcmul_(first, sin)
+        turned[..., 2 * half :] = x[..., 2 * half :]
+        return turned.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _Turn.apply(grad, cos, -sin), None, None

@@ -9,7 +9,7 @@ Legend of shapes: B batch, G key heads, N tokens; R = B G lists; Q queries of a 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,21 +109,21 @@ class _Threshold(torch.autograd.Function):
 def _first(tau: Tensor, bound: Tensor, low: Tensor, high: Tensor, *, reached: bool) -> Tensor:
     """The first token from `low` on at which tau >= bound (reached) or tau > bound, `high` if none before it."""
     last = tau.shape[-1] - 1
-
-    def passed(token: Tensor) -> Tensor:
-        there = tau.gather(-1, token.clamp(max=last))
-        return there >= bound if reached else there > bound
-
-    return _search(passed, low, torch.maximum(low, high), last + 1)
-
-
-def _search(true: Callable[[Tensor], Tensor], low: Tensor, high: Tensor, span: int) -> Tensor:
-    """The first number from `low` on, at most `span` behind it, of which it is true; `high` if of none before that."""
-    for _ in range(span.bit_length()):
+    high = torch.maximum(low, high)
+    for _ in range((last + 1).bit_length()):
         middle = (low + high) >> 1
-        found = true(middle) | (middle >= high)
+        there = tau.gather(-1, middle.clamp(max=last))
+        found = (there >= bound if reached else there > bound) | (middle >= high)
         low, high = torch.where(found, low, middle + 1), torch.where(found, middle, high)
     return high
+
+
+def _how_many(true: Callable[[Tensor], Tensor], number: int, like: Tensor) -> Tensor:
+    """Of how many of 0..number-1 it is true, if of the first ones only; int64 like `like`."""
+    found = torch.zeros_like(like)
+    for bit in reversed(range(number.bit_length())):
+        found.add_(true((found + (2**bit - 1)).clamp_(max=number - 1)), alpha=2**bit)
+    return found.clamp_(max=number)
 
 
 # The thresholds. At each token one comes to the candidates, and if there are as many as there may be, one leaves. So
@@ -141,9 +141,12 @@ def _thresholds(u: Tensor, left: Tensor, document: Tensor, keep: int, candidates
     document = F.pad(document, (0, filled), value=FOREVER)
     seats = _Seats.of(F.pad(left, (0, filled), value=FOREVER), document, candidates)
     chunks = max(1, AT_ONCE // (rows * max(2 * CHUNK * CHUNK, candidates + CHUNK)))
+    chunks = min(chunks, (number + filled) // CHUNK)
+    # Kept from one to the next: new memory of that size costs more than all that is done in it.
+    tables = tuple(value.new_empty(rows, chunks, CHUNK, 2 * CHUNK + 1) for _ in range(2))
     tau = []
     for begin in range(0, number, chunks * CHUNK):
-        some = _Chunks.of(value, document, seats, begin, min(begin + chunks * CHUNK, number + filled))
+        some = _Chunks.of(value, document, seats, begin, min(begin + chunks * CHUNK, number + filled), tables)
         tau.append(some.thresholds(keep).flatten(1, 2))
     return torch.cat(tau, 1)[:, :number].to(u.dtype).view(shape)
 
@@ -208,7 +211,8 @@ class _Chunks:
     old: Tensor
 
     @staticmethod
-    def of(value: Tensor, document: Tensor, seats: _Seats, begin: int, end: int) -> _Chunks:
+    def of(value: Tensor, document: Tensor, seats: _Seats, begin: int, end: int, tables: Sequence[Tensor]) -> _Chunks:
+        """Of the tokens begin..end-1. tables: two [R, n or more, C, 2 C + 1], which become `count` and `total`."""
         tokens = seats.bases(begin, end)
         chunks, candidates = tokens.shape[1:]
         documents, new = (t[:, begin:end].unflatten(1, (chunks, CHUNK)) for t in (document, value))
@@ -238,14 +242,17 @@ class _Chunks:
         sum_ = sign * F.pad(sorted_.gather(2, concerned), (1, 0))[:, :, None]
         began = torch.searchsorted(document, document[:, begin:end].contiguous()).unflatten(1, (chunks, CHUNK)) - first
         own = torch.arange(CHUNK, dtype=when.dtype, device=order.device)[:, None]
-        met = torch.minimum(own - when, when - began.double()[..., None]).add_(1.0).clamp_(0.0, 1.0)
+        count, met = (t[:, :chunks] for t in tables)
+        torch.minimum(torch.sub(own, when, out=met), torch.sub(when, began.double()[..., None], out=count), out=met)
+        met.add_(1.0).clamp_(0.0, 1.0)
+        torch.mul(met, sign, out=count)
         return _Chunks(
             value=sorted_,
             base=F.pad(sits.cumsum(2), (1, 0)),
             based=F.pad((sits * sorted_).cumsum(2), (1, 0)),
             since=since.cumsum(2),
-            count=(met * sign).cumsum(3),
-            total=met.mul_(sum_).cumsum(3),
+            count=count.cumsum_(3),
+            total=met.mul_(sum_).cumsum_(3),
             old=(documents == before).double(),
         )
 
@@ -258,33 +265,33 @@ class _Chunks:
         above = number - torch.searchsorted(ascending, upper.contiguous(), right=True)
         below = number - torch.searchsorted(ascending, lower.contiguous(), right=True)
         place = torch.arange(number, device=value.device).expand_as(above)
-        none, all_ = torch.zeros_like(self.old, dtype=torch.int64), torch.full_like(self.old, number, dtype=torch.int64)
+        all_ = torch.full_like(self.old, number, dtype=torch.int64)
 
-        def larger(x: Tensor, low: Tensor, high: Tensor, at: Callable[[Tensor], Tensor]) -> Tensor:
+        def larger(x: Tensor, low: Tensor, high: Tensor, is_short: Callable[[Tensor], Tensor]) -> Tensor:
             """The first m of which the shares at x[m] sum up to enough."""
             excess = (self.based.gather(2, low) - x * self.base.gather(2, low)) - (
                 self.based.gather(2, high) - (x + 1) * self.base.gather(2, high)
             )
+            low, high = (self.since.gather(2, t) for t in (low, high))
 
-            def enough(m: Tensor) -> Tensor:
-                m = m.clamp(max=number - 1)
+            def too_few(m: Tensor) -> Tensor:
                 x_m = x.gather(2, m)
-                low_m, high_m = (self.since.gather(2, t.gather(2, m))[..., None] for t in (low, high))
-                inside = self.total.gather(3, low_m) - self.total.gather(3, high_m)
-                inside = inside - x_m[..., None] * self.count.gather(3, low_m)
-                inside = (inside + (x_m + 1)[..., None] * self.count.gather(3, high_m))[..., 0]
-                return at(inside + self.old * excess.gather(2, m))
+                low_m, high_m = (t.gather(2, m)[..., None] for t in (low, high))
+                inside = self.total.gather(3, low_m).sub_(self.total.gather(3, high_m))[..., 0]
+                inside.addcmul_(x_m, self.count.gather(3, low_m)[..., 0], value=-1.0)
+                inside.addcmul_(x_m + 1, self.count.gather(3, high_m)[..., 0])
+                return is_short(inside.addcmul_(self.old, excess.gather(2, m)))
 
-            return _search(enough, none, all_, number + 1)
+            return _how_many(too_few, number, all_)
 
-        some = larger(value, place, above, lambda f: f >= keep)
-        full = larger(lower, below, place, lambda f: f > keep)
+        some = larger(value, place, above, lambda f: f < keep)
+        full = larger(lower, below, place, lambda f: f <= keep)
         (many, their), (whole, sums) = self._first(some), self._first(full)
         tau = (their - sums + whole - keep) / (many - whole).clamp(min=1)
 
         def nth(n: int) -> Tensor:
-            m = _search(lambda m: self._first((m + 1).clamp(max=number))[0] >= n, none, all_ - 1, number)
-            return value.gather(2, m)
+            m = _how_many(lambda m: self._first(m + 1)[0] < n, number, all_)
+            return value.gather(2, m.clamp(max=number - 1))
 
         last, next_ = nth(keep), nth(keep + 1)
         tau = torch.where((last - next_ >= 1) | (many <= whole), (last - 1 + next_) / 2, tau)

@@ -16,7 +16,10 @@ from parallel.deepspeed_settings import deepspeed_settings
 
 @dataclass(frozen=True)
 class Rule:
-    """keys: the settings it reads; check: (config, ranks) -> what is wrong, or None."""
+    """keys: the settings it reads; check: (config, ranks) -> what is wrong, or None.
+
+    ranks: those that read sequences of their own.
+    """
 
     keys: tuple[str, ...]
     check: Callable[[Config, int], str | None]
@@ -83,9 +86,10 @@ def rule(*keys: str) -> Callable[[Callable[[Config, int], str | None]], Callable
 
 
 def broken_rules(config: Config, ranks: int, faulty: set[str]) -> Iterator[Problem]:
-    """Every broken rule, but for those that read a setting already known to be wrong."""
+    """Every broken rule, but for those that read a setting already known to be wrong; ranks: processes that train."""
+    readers = max(1, ranks // config.parallel.sequence) if "parallel.sequence" not in faulty else ranks
     for each in RULES:
-        if not faulty.intersection(each.keys) and (message := each.check(config, ranks)):
+        if not faulty.intersection(each.keys) and (message := each.check(config, readers)):
             yield Problem("", each.keys[0], message)
     if not faulty.intersection(("model", "model.pattern")):
         yield from _pattern_problems(config, faulty)
@@ -141,6 +145,24 @@ def _streams_go_on(config: Config, ranks: int) -> str | None:
     if config.train.activation_checkpointing:
         return "carries states, which train.activation_checkpointing would read twice; use a smaller train.micro_batch"
     return "carries states, which train.compile does not know" if config.train.compile else None
+
+
+@rule("parallel.sequence", "data.seq_len", "data.stream", "train.compile")
+def _sequences_can_be_shared(config: Config, ranks: int) -> str | None:
+    sequence = config.parallel.sequence
+    if sequence == 1:
+        return None
+    if sequence > config.data.seq_len:
+        return f"each rank needs a token at least of the {config.data.seq_len} of data.seq_len"
+    if config.data.stream:
+        return (
+            "ranks that share sequences go on from each other, and data.stream from what was read before: set it to 1"
+        )
+    return (
+        "train.compile does not know what ranks tell each other inside a layer: set it to 1"
+        if config.train.compile
+        else None
+    )
 
 
 @rule("model.vocab_size", "data.tokenizer")
@@ -237,11 +259,13 @@ def _mixer_problems(config: Config, name: str) -> Iterator[Problem]:
     found = chosen.problems(config.model.dim)
     for setting, message in found:
         yield Problem("", f"model.mixers.{name}.{setting}", message)
-    if found or not (config.data.stream or config.data.documents == "reset"):
+    if found or not (config.data.stream or config.data.documents == "reset" or config.parallel.sequence > 1):
         return
     with torch.device("meta"):
-        causality = kind.of(config.model.dim, chosen).causality
-    if causality == "strict":
+        mixer = kind.of(config.model.dim, chosen)
+    if config.parallel.sequence > 1 and mixer.sequence_parallel is None:
+        yield Problem("", "parallel.sequence", f"model.mixers.{name} cannot share a sequence among ranks: set it to 1")
+    if mixer.causality == "strict":
         return
     where, instead = f"model.mixers.{name} sees all at once", "or a selection that is strict"
     if config.data.documents == "reset":

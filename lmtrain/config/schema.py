@@ -146,6 +146,9 @@ class ParallelConfig:
     engine: Literal["torch", "deepspeed"] = setting(
         "torch", "`torch`: every rank holds everything; `deepspeed`: by ZeRO each holds a part"
     )
+    sequence: int = setting(
+        1, "ranks that share each sequence, every one a slice of its tokens; divides the processes", at_least=1
+    )
     zero: int = setting(
         2, "with deepspeed, what is in parts: 1 moments, 2 gradients too, 3 weights too", at_least=1, at_most=3
     )
@@ -224,7 +227,7 @@ class Config:
         return self.train.batch_tokens // self.data.seq_len
 
     def micro_batch(self, ranks: int = 1) -> int:
-        """Sequences of one forward pass on each of `ranks`.
+        """Sequences of one forward pass on each of `ranks` that read sequences of their own.
 
         Unless set, the largest divisor of a rank's share whose tokens fit in MICRO_BATCH_TOKENS; at least 1.
         """

@@ -126,3 +126,27 @@ def test_rotary_follows_positions_not_times() -> None:
 def test_a_stream_of_another_batch_is_refused(ctx: Context | None) -> None:
     with pytest.raises(ValueError, match=r"the state was made for 3 sequences, got 2"):
         read_clock(x(), ctx, Stream(7, torch.zeros(3, dtype=torch.int64)))
+
+
+class Slices:
+    """One of several ranks that share a row, which asks nobody."""
+
+    def __init__(self, rank: int, lengths: tuple[int, ...]) -> None:
+        self.rank, self.lengths = rank, lengths
+
+    def exchange(self, rows: Tensor, send: object, receive: object) -> Tensor:
+        raise AssertionError("without documents nobody has to ask")
+
+
+def test_a_shard_without_documents_knows_its_place() -> None:
+    clock = read_clock(x(2, 3), Context(shard=Slices(1, (2, 3, 1))), None)
+    assert clock.now == 2
+    assert clock.time.tolist() == clock.position.tolist() == [[2, 3, 4]]
+    assert clock.query_time is not None
+    assert clock.mine == slice(2, 5)
+    assert clock.whole.time.tolist() == [[0, 1, 2, 3, 4, 5]]
+    assert [clock.of_rank(rank).now for rank in range(3)] == [0, 2, 5]
+    again = read_clock(x(2, 3), Context(shard=Slices(1, (2, 3, 1))), None)
+    assert again.memo is clock.memo, "what layers and steps compute alike is computed once"
+    assert again.shard is not clock.shard
+    assert read_clock(x(2, 3), Context(shard=Slices(1, (1, 3, 2))), None).memo is not clock.memo

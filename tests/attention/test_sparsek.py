@@ -1,6 +1,5 @@
 """SPARSEK: its limits, how its scores learn, its costs, streams and statistics, and what is no number."""
 
-import functools
 import itertools
 from typing import Any
 
@@ -12,7 +11,7 @@ from attention.clock import read_clock
 from attention.kernels.plan import Plan, visited_pairs
 from attention.lifetimes import Lifetimes, living_pairs
 from attention.mixer import Context, Mixer, build, parameter_count, read_settings
-from attention.ops.attend import attend
+from attention.ops.attend import KeySet, attend_union
 from attention.sparsek import Candidates
 from tests.conformance.oracle import load, masked_attention, multi_head_attention
 
@@ -209,11 +208,11 @@ def test_generations_spare_the_kernels_work(monkeypatch: pytest.MonkeyPatch) -> 
     """Visited over living pairs with tiles of 128, both passes: what the best edges reach, and a tenth more."""
     seen = []
 
-    def watched(q: Tensor, k: Tensor, v: Tensor, life: Lifetimes, **given: Any) -> tuple[Tensor, Tensor]:
-        seen.append(life)
-        return attend(q, k, v, life, **given)
+    def watched(sets: list[KeySet], **given: Any) -> tuple[Tensor, Tensor]:
+        seen.extend(one.life for one in sets)
+        return attend_union(sets, **given)
 
-    monkeypatch.setattr("attention.sparsek.attend", watched)
+    monkeypatch.setattr("attention.sparsek.attend_union", watched)
     torch.manual_seed(0)
     build("sparsek", 8, heads=1, head_dim=4, keep=256, window=0)(torch.randn(1, 8192, 8))
     (life,) = seen
@@ -367,10 +366,8 @@ def test_what_is_no_number_is_not_hidden(value: float, settings: dict[str, Any])
     assert read(mixer, x.detach(), [39, 1, 1, 49], state)[0, 40].isnan().all()
 
 
-@pytest.mark.parametrize("implementation", ["torch", "reference"])
-def test_scores_that_are_no_number_are_not_hidden(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of finite tokens: a selection by them is none, even where attention takes a share that is no number for 0."""
-    monkeypatch.setattr("attention.sparsek.attend", functools.partial(attend, implementation=implementation))
+def test_scores_that_are_no_number_are_not_hidden() -> None:
+    """Of finite tokens: a selection by them is none, even where nobody could be selected."""
     mixer, x = ready(), tokens(30)
     with torch.no_grad():
         mixer.router.weight[0, 0] = torch.nan

@@ -35,7 +35,9 @@ def test_a_command_that_makes_no_sense_exits_with_2(argv: list[str], capsys: pyt
     assert "usage:" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("verb", ["train", "eval", "generate", "inspect", "audit", "list", "bench", "checkpoint"])
+@pytest.mark.parametrize(
+    "verb", ["train", "eval", "generate", "inspect", "audit", "list", "bench", "checkpoint", "launch"]
+)
 def test_every_verb_shows_two_examples(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main([verb, "--help"])

@@ -46,21 +46,25 @@ def rows_of(run: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in read_metrics(run)]
 
 
-def assert_alike(one: Path, other: Path, first: int = 0, exact: bool = False) -> None:
-    """The rows beyond step `first`, and the tensors of the last checkpoint: to rounding, or bit by bit."""
+def assert_alike(one: Path, other: Path, first: int = 0, exact: bool = False, muon: bool = False) -> None:
+    """The rows beyond step `first`, and the tensors of the last checkpoint: bit by bit, or to rounding.
+
+    `torch.optim.Muon` makes its updates orthogonal in bfloat16: there a difference of 1e-7 may round to one of 1e-3.
+    """
+    tolerance = 0.0 if exact else 3e-5 if muon else 1e-6
     rows, expected = ([row for row in rows_of(run) if row["step"] > first] for run in (one, other))
     assert [(row["step"], row.get("batch"), row.get("split")) for row in rows] == [
         (row["step"], row.get("batch"), row.get("split")) for row in expected
     ]
     for row, wanted in zip(rows, expected, strict=True):
-        assert row["loss"] == pytest.approx(wanted["loss"], abs=0 if exact else 1e-6)
+        assert row["loss"] == pytest.approx(wanted["loss"], abs=tolerance)
     loaded, wanted = (checkpoint.load(run / "checkpoints/step-12") for run in (one, other))
     assert loaded.tensors.keys() == wanted.tensors.keys()
     for group, members in wanted.tensors.items():
         assert members.keys() == loaded.tensors[group].keys()
         for key, tensor in members.items():
-            tolerance = {"atol": 0.0 if exact else 2e-5, "rtol": 0.0}
-            torch.testing.assert_close(loaded.tensors[group][key], tensor, msg=f"{group} {key}", **tolerance)
+            found = loaded.tensors[group][key]
+            torch.testing.assert_close(found, tensor, msg=f"{group} {key}", atol=20 * tolerance, rtol=0.0)
     assert {**loaded.state, "parent": None} == {**wanted.state, "parent": None}
 
 
@@ -98,13 +102,14 @@ def test_a_checkpoint_fits_any_number_of_ranks(folder: Path, wrote: int, reads: 
 def test_one_two_and_four_ranks(tmp_path: Path, words: list[str]) -> None:
     for ranks in (1, 2, 4):
         assert run(ranks, tmp_path, str(ranks), *words) == [DONE] * ranks
+    muon = "optimizer.kind=muon" in words
     for ranks in (2, 4):
-        assert_alike(tmp_path / str(ranks), tmp_path / "1")
+        assert_alike(tmp_path / str(ranks), tmp_path / "1", muon=muon)
     for wrote, reads in ((4, 1), (1, 4), (4, 2)):
         name = f"from-{wrote}-on-{reads}"
         parent = tmp_path / f"{wrote}/checkpoints/step-8"
         assert run(reads, tmp_path, name, *words, resume=parent) == [DONE] * reads
-        assert_alike(tmp_path / name, tmp_path / "1", first=8)
+        assert_alike(tmp_path / name, tmp_path / "1", first=8, muon=muon)
 
 
 def test_streams_are_kept_for_all_ranks_and_dealt_out_again(tmp_path: Path) -> None:
@@ -146,6 +151,7 @@ def test_what_the_first_rank_refuses_ends_for_all(folder: Path) -> None:
     (folder / "damaged").mkdir()
     told = run(2, folder, "new", *PLAIN, resume=folder / "damaged")
     assert ["damaged" in each for each in told] == [True] * 2
+    assert (folder / "new/log.txt").read_text().count("failed: ") == 1
     words = ["train.micro_batch=3", "train.batch_tokens=96"]
     assert ["ranks 2; nearest: " in each for each in run(2, folder, "uneven", *words)] == [True] * 2
 

@@ -233,7 +233,11 @@ def test_operators_keep_their_contract():
     torch.library.opcheck(torch.ops.attention.attend.default, (*given, 0.3, True))
     out, lse = torch.ops.attention.attend(*given, 0.3, True)
     saved = [None if t is None else t.detach() for t in (*given, out, lse)]
-    torch.library.opcheck(torch.ops.attention.attend_backward.default, (saved[-2], saved[-1], *saved, 0.3, True))
+    given = (saved[-2], saved[-1], *saved, 0.3, True)
+    for fixed in (0, 2):
+        torch.library.opcheck(torch.ops.attention.attend_backward.default, (*given, True, fixed))
+    (_, all_of_dk, _), (_, dk, _) = (torch.ops.attention.attend_backward(*given, True, fixed) for fixed in (0, 2))
+    assert torch.equal(dk, all_of_dk[..., :-2])
 
 
 def test_lifetimes_may_change_in_place_between_calls():

@@ -64,7 +64,25 @@ def test_operators_keep_their_contract(pattern, gated):
     torch.library.opcheck(torch.ops.attention.attend.default, (*operands, 0.3, False))
     out, lse = torch.ops.attention.attend(*operands, 0.3, False)
     saved = [None if t is None else t.detach() for t in (*operands, out, lse)]
-    torch.library.opcheck(torch.ops.attention.attend_backward.default, (saved[-2], saved[-1], *saved, 0.3, False))
+    given = (saved[-2], saved[-1], *saved, 0.3, False)
+    for fixed in (0, 2, q.shape[-1]):
+        torch.library.opcheck(torch.ops.attention.attend_backward.default, (*given, True, fixed))
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_columns_of_keys_without_gradient(pattern):
+    """The other gradients are those of a call that computes it."""
+    q, k, v = (t.detach() for t in qkv(dtype=torch.float64))
+    life = pattern(70)
+    operands = (q, k, v, life.birth, life.death, None, None, None, None, None)
+    out, lse = torch.ops.attention.attend(*operands, 0.3, False)
+    given = (out.cos(), lse.sin(), *operands, out, lse, 0.3, False, True)
+    expected = torch.ops.attention.attend_backward(*given)
+    for fixed in (1, q.shape[-1]):
+        dq, dk, dv = torch.ops.attention.attend_backward(*given, fixed)
+        assert torch.equal(dq, expected[0])
+        assert torch.equal(dv, expected[2])
+        torch.testing.assert_close(dk, expected[1][..., : q.shape[-1] - fixed], rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

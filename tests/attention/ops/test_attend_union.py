@@ -1,8 +1,11 @@
 """One softmax over several sets of keys: that of all of them in one call."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from attention.lifetimes import FOREVER, Lifetimes, causal, window
 from attention.ops.attend import KeySet, attend, attend_reference, attend_union
@@ -75,9 +78,68 @@ def test_at_other_times() -> None:
     check(attend_union(sets, time=time, scale=0.3), merge(parts), inputs_of(sets))
 
 
+def gated_set() -> KeySet:
+    u, tau = drawn(2, 2, LENGTH, seed=60), drawn(2, 4, LENGTH, seed=61)
+    return dataclasses.replace(some_set(50, older()), gate=(u, tau))
+
+
+def test_a_gated_set() -> None:
+    sets = [gated_set(), some_set(20, window(LENGTH, NEAR))]
+    parts = [attend_reference(s.q, s.k, s.v, s.life, gate=s.gate, scale=0.3) for s in sets]
+    assert sets[0].gate is not None
+    check(attend_union(sets, scale=0.3), merge(parts), [*inputs_of(sets), *sets[0].gate])
+
+
+def test_a_threshold_that_is_no_number_is_not_hidden() -> None:
+    gated = gated_set()
+    assert gated.gate is not None
+    with torch.no_grad():
+        gated.gate[1][0, 1, [0, 30]] = torch.nan  # at time 0 no gated key is met
+    for result in attend_union([gated, some_set(20, window(LENGTH, NEAR))]):
+        wrong = result.flatten(3).isnan().any(-1) if result.dim() == 4 else result.isnan()
+        assert wrong.nonzero().tolist() == [[0, 1, 0], [0, 1, 30]]
+
+
 def test_one_set_is_attend() -> None:
     one = some_set(10, causal(LENGTH))
     check(attend_union([one]), attend(one.q, one.k, one.v, one.life), [one.q, one.k, one.v])
+
+
+@pytest.mark.parametrize("life", [window(LENGTH, NEAR), causal(LENGTH)], ids=["tiles", "fused kernel"])
+@pytest.mark.parametrize("wanted", ["k, columns", "k", "columns", "neither"])
+def test_more_columns(life: Lifetimes, wanted: str) -> None:
+    """As if they stood in q and k, whoever of these wants a gradient."""
+    one, of_q, of_k = some_set(10, life), drawn(2, 4, LENGTH, 3, seed=20), drawn(2, 1, LENGTH, 3, seed=21)
+    one.k.requires_grad_("k" in wanted.split(", "))
+    of_k.requires_grad_("columns" in wanted)
+    q = torch.cat([one.q, of_q], -1)
+    k = torch.cat([one.k, of_k.expand(-1, 2, -1, -1)], -1)
+    inputs = [t for t in (one.q, one.k, one.v, of_q, of_k) if t.requires_grad]
+    with_columns = KeySet(one.q, one.k, one.v, one.life, columns=(of_q, of_k))
+    check(attend_union([with_columns]), attend_reference(q, k, one.v, one.life), inputs)
+
+
+@pytest.mark.parametrize(("keys", "columns", "less"), [(True, True, 0), (True, False, 3), (False, False, 9)])
+def test_no_work_for_gradients_that_nobody_wants(keys: bool, columns: bool, less: int) -> None:
+    one, of_q, of_k = some_set(10, causal(LENGTH)), drawn(2, 4, LENGTH, 3, seed=20), drawn(1, 1, LENGTH, 3, seed=21)
+    one.k.requires_grad_(keys)
+    of_k.requires_grad_(columns)
+    out = attend_union([KeySet(one.q, one.k, one.v, one.life, columns=(of_q, of_k))])[0]
+    with FlopCounterMode(display=False) as counter:
+        out.sum().backward()
+    pairs = 2 * 4 * LENGTH * (LENGTH + 1) // 2
+    assert counter.get_total_flops() == pairs * 2 * (3 * 9 - less + 2 * 5)
+
+
+def test_columns_that_do_not_fit() -> None:
+    one, of_q = some_set(10, causal(LENGTH)), drawn(2, 4, LENGTH, 3, seed=20)
+    for columns, message in (
+        ((of_q[:, :2], of_q[:, :2]), r"columns\[0\]: expected shape \[2, 4, 40, width\] as q's"),
+        ((of_q, of_q[:, :2, :, :2]), r"columns\[1\]: expected a shape broadcastable to"),
+        ((of_q.float(), of_q[:, :2]), r"columns\[0\]: expected type torch.float64"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attend_union([KeySet(one.q, one.k, one.v, one.life, columns=columns)])
 
 
 def test_what_does_not_fit() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attention.ops.codes import code_prefix, code_sums, look_up, straight_through, vq_assign
+from attention.ops.codes import code_prefix, code_sums, code_totals, look_up, straight_through, vq_assign
 
 CODES, LENGTH = 4, 3
 
@@ -56,14 +56,33 @@ def test_the_gradient_goes_straight_through() -> None:
 
 
 def test_sums_by_code() -> None:
-    code, x = torch.tensor([[0, 2, 2, 0, 2]]), drawn(1, 5, 3)
+    code, x = torch.tensor([[[0, 2, 2, 0, 2]], [[3, 3, 1, 3, 2]]], dtype=torch.int32), drawn(2, 1, 5, 3)
     number, total = code_sums(code, x, CODES)
-    assert number.tolist() == [[2, 0, 3, 0]]
-    expected = torch.stack([x[0, [0, 3]].sum(0), torch.zeros(3), x[0, [1, 2, 4]].sum(0), torch.zeros(3)])
-    torch.testing.assert_close(total[0], expected.double(), rtol=0, atol=1e-14)
+    assert number.tolist() == [[[2, 0, 3, 0]], [[0, 1, 1, 3]]]
+    for row in range(2):
+        for entry in range(CODES):
+            expected = x[row, 0, code[row, 0] == entry].sum(0)
+            torch.testing.assert_close(total[row, 0, entry], expected, rtol=0, atol=1e-14)
 
 
 # Prefix
+
+
+@pytest.mark.parametrize("at_once", [2, 256])
+def test_totals_by_code(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts and means of all tokens but those of the code that nobody has; with their gradient."""
+    monkeypatch.setattr("attention.ops.codes.AT_ONCE", at_once)
+    code = torch.tensor([[[0, 2, CODES, 2, 0, 2, CODES]], [[3, 3, 3, CODES, CODES, 1, 3]]], dtype=torch.int32)
+    v = drawn(2, 1, 7, 3).requires_grad_()
+    count, mean = code_totals(code, v, CODES)
+    assert count[:, 0].tolist() == [[2, 0, 3, 0], [0, 1, 0, 4]]
+    for row in range(2):
+        for number in range(CODES):
+            members = v[row, 0][code[row, 0] == number]
+            expected = members.mean(0) if len(members) else torch.zeros(3, dtype=v.dtype)
+            assert torch.allclose(mean[row, 0, number], expected, rtol=0, atol=1e-14)
+    assert torch.autograd.gradcheck(lambda v: code_totals(code, v, CODES)[1], [v])
+    assert code_totals(code, v.detach().bfloat16(), CODES)[1].dtype == torch.float32
 
 
 def definition(
@@ -133,6 +152,16 @@ def test_two_calls_are_one() -> None:
         strict=True,
     ):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("fresh", [[False] * 4, [True, False, False, False], [False, False, True, False]])
+def test_the_carried_mean_has_its_gradient(fresh: list[bool]) -> None:
+    code, v = example(4)
+    count, mean = some_carry()
+    told = {"fresh": torch.tensor([fresh]), "whole": torch.tensor([[True, True, False, True]])}
+    inputs = [v.requires_grad_(), mean.requires_grad_()]
+    prefix = lambda v, mean: code_prefix(code, v, CODES, carry=(count, mean), **told)[1]  # noqa: E731
+    assert torch.autograd.gradcheck(prefix, inputs)
 
 
 def test_means_stay_exact_over_many_blocks() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from attention.lifetimes import FOREVER
-from attention.ops.lanes import Lanes, Permutation, attend_lanes, make_lanes
+from attention.ops.lanes import Lanes, Permutation, attend_lanes, make_lanes, met_by
 
 T = 83
 
@@ -124,6 +124,20 @@ def test_everyone_meets_the_lane_behind_it(make) -> None:
     ]
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(("first", "stop"), [(0, T), (11, 12), (17, 33), (5, 5)])
+def test_who_is_met_by_some_of_the_queries(first: int, stop: int, strict: bool) -> None:
+    lane, start, window = drawn(2, 3, T, below=4), documents(), 3
+    of = (start + 1000 * lane).tolist()
+    met = torch.zeros(2, 3, T, dtype=torch.bool)
+    for row in range(2):
+        for head, lanes_of in enumerate(of[row]):
+            for query in range(first, stop):
+                members = [j for j in range(query + 1) if lanes_of[j] == lanes_of[query]][-window:]
+                met[row, head, members[:-1] if strict else members] = True
+    assert torch.equal(met_by(make_lanes(lane, start, window=window, strict=strict), first, stop), met)
 
 
 def test_what_is_alike_is_made_once() -> None:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from attention.ops.rotary import apply_rotary, rotary, rotary_dim, rotary_table
+from attention.ops.rotary import _turned, apply_rotary, rotary, rotary_dim, rotary_table
 
 
 def by_hand(x, position, base, rotated):
@@ -91,3 +91,22 @@ def test_mistakes_are_named():
         rotary_dim(8, 1.5)
     with pytest.raises(ValueError, match=r"base: .* got 1"):
         rotary_table(torch.arange(3), 8, 1.0)
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+def test_turned_and_turned_back(fraction: float) -> None:
+    """The definition and its gradient, where positions differ by example or by head."""
+    table = rotary_table(torch.randint(0, 50, (2, 3, 7)), rotary_dim(8, fraction), 100.0)
+    x = torch.randn(2, 3, 7, 8, dtype=torch.float64).requires_grad_()
+    expected = _turned(x, *table)
+    torch.testing.assert_close(apply_rotary(x, table), expected, rtol=0, atol=1e-14)
+    weight = torch.randn_like(x)
+    grads = [torch.autograd.grad((y * weight).sum(), x)[0] for y in (apply_rotary(x, table), expected)]
+    torch.testing.assert_close(*grads, rtol=0, atol=1e-14)
+
+
+def test_it_compiles_to_one_graph() -> None:
+    table = rotary_table(torch.arange(7), 8, 100.0)
+    x = torch.randn(2, 3, 7, 8)
+    compiled = torch.compile(apply_rotary, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, table), apply_rotary(x, table))
