@@ -79,3 +79,13 @@ def test_a_rank_that_stands_still(tmp_path: Path) -> None:
         assert "nothing was heard for 6 s of rank 1" in failed(tmp_path)
         os.kill(processes[1].pid or 0, signal.SIGCONT)
         assert exit_codes([processes[1]]) == [CRASHED]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_ranks_that_share_a_row_count_as_data_ranks(tmp_path: Path, stage: int) -> None:
+    plain = ["model.dropout=0.0", "train.micro_batch=1"]
+    assert run(1, tmp_path, "torch", *plain) == [DONE]
+    words = [*plain, *zero(stage), "parallel.sequence=2", "parallel.timeout=60"]
+    assert run_started(tmp_path, *words) == [DONE, DONE]
+    assert_alike(tmp_path / "run", tmp_path / "torch")
