@@ -22,7 +22,7 @@ from tests.lmtrain import tiny
 from tests.processes import exit_codes, started_ranks
 
 CRASHED = 1
-PATIENCE = "parallel.timeout=4"  # of the watch, where it is to lose it
+PATIENCE = "parallel.timeout=8"  # of the watch, where it is to lose it
 
 
 def work(folder: Path, words: list[str], fault: str = "", mishap: Callable[[], None] | None = None) -> int:
@@ -105,7 +105,7 @@ def test_sigstop(tmp_path: Path, rank: int) -> None:
     tiny.write(tmp_path)
     with started_ranks(2, tmp_path, work, tmp_path, [PATIENCE], f"step=6:stall:rank={rank}") as processes:
         assert exit_codes([processes[1 - rank]]) == [CRASHED]
-        assert f"nothing was heard for 4 s of rank {rank} (last seen at " in failed(tmp_path)
+        assert f"nothing was heard for 8 s of rank {rank} (last seen at " in failed(tmp_path)
         stacks = (tmp_path / f"{1 - rank}.err").read_text()
         assert "its threads:" in stacks
         assert "in sum_" in stacks, "the main thread waits in a collective"
@@ -124,7 +124,7 @@ def stuck() -> None:
 
 def test_a_main_thread_that_hangs(tmp_path: Path) -> None:
     assert run(tmp_path, PATIENCE, mishap=stuck) == [CRASHED, CRASHED]
-    expected = "rank 1 (last seen at step 6, the update) did not come any further for 4 s, and others wait; rank "
+    expected = "rank 1 (last seen at step 6, the update) did not come any further for 8 s, and others wait; rank "
     assert failed(tmp_path).startswith(expected)
     assert "in never" in (tmp_path / "1.err").read_text()
 
