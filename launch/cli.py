@@ -148,7 +148,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
             "launch",
             _launch,
             "write the script of a Slurm job that trains",
-            "slurm demo --nodes 2 --processes 8 --gpus",
+            "slurm enwik8/local --nodes 2 --processes 2 --gpus",
             "slurm demo --time 12:00:00 --option=--partition=long --submit",
         )
     )
