@@ -5,6 +5,7 @@ import resource
 import signal
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -27,12 +28,12 @@ STREAM = ["data.stream=true", "data.carry=48", "data.documents=reset", "train.mi
 
 def work(world: World, folder: Path, name: str, overrides: list[str], fault: str = "", resume: Any = None) -> Any:
     """The exit code of a run, or what the user is told."""
-    os.environ["LMTRAIN_FAULT"] = fault
     settings = [*tiny.settings(folder), f"run.dir={folder}/{name}", *overrides]
-    try:
-        return train(load(folder / "tiny.yaml", settings, ranks=world.size), resume=resume, world=world)
-    except ValueError as error:
-        return str(error)
+    with patch.dict(os.environ, LMTRAIN_FAULT=fault):
+        try:
+            return train(load(folder / "tiny.yaml", settings, ranks=world.size), resume=resume, world=world)
+        except ValueError as error:
+            return str(error)
 
 
 def run(ranks: int, folder: Path, name: str, *words: str, fault: str = "", resume: Path | None = None) -> list[Any]:
