@@ -34,8 +34,7 @@ class EarlierKeys:
         """With k [B, G, n, D] and v that this rank makes, and their lifetimes, behind them, all [B, G, m + n, ..] that
         its queries may meet."""
         travel = self.travel(k)
-        came = travel.bring(shard_of(clock), torch.cat([k, v], -1)).split([k.shape[-1], v.shape[-1]], -1)
-        k, v = (torch.cat(pair, 2) for pair in zip(came, (k, v), strict=True))
+        k, v = travel.put_in_front(shard_of(clock), k, v)
         return k, v, clock.once((self.key, "known", len(k)), lambda: self._known(travel, life))
 
     def starts(self, clock: Clock) -> Tensor:

@@ -350,8 +350,7 @@ class EarlierChoice:
         lives = [Lifetimes(row.birth[..., here], row.death[..., here]) for here in parts]
         lives[shard.rank] = life
         travel = Travel.of_living(shard, k, lives)
-        own = torch.cat([k, v], -1)
-        k, v = torch.cat([travel.bring(shard, own), own], 2).chunk(2, -1)
+        k, v = travel.put_in_front(shard, k, v)
         before = slice(0, clock.now)
         birth = side_by_side([travel.take(row.birth[..., before], FOREVER), life.birth])
         death = side_by_side([travel.take(row.death[..., before], 0), life.death])

@@ -225,8 +225,7 @@ class TokenChoice(Routing):
             return met_by(row, *bounds(shard, target))[..., slice(*bounds(shard, source))]
 
         travel = Travel.of(shard, shared, needed)
-        own = torch.cat([shared, v], -1)
-        k, v = torch.cat([travel.bring(shard, own), own], 2).chunk(2, -1)
+        k, v = travel.put_in_front(shard, shared, v)
         cluster = torch.cat([travel.take(clusters[..., : clock.now], 0), cluster], 2)
         start = side_by_side([travel.take(start[..., : clock.now], FOREVER), clock.starts[:, None]])
         lanes = make_lanes(cluster, start, queries=shared.shape[2], window=self.config.window)

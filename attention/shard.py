@@ -148,6 +148,12 @@ class Travel:
         empty = got.new_zeros(batch * heads * most, width)
         return empty.index_copy(0, self.place, got).view(batch, heads, most, width)
 
+    def put_in_front(self, shard: Shard, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """k [B, G, n, D] and v [B, G, n, Dv] of this rank, in front of each what the lower ranks send of theirs, in one
+        message."""
+        came = self.bring(shard, torch.cat([k, v], -1)).split([k.shape[-1], v.shape[-1]], -1)
+        return torch.cat([came[0], k], 2), torch.cat([came[1], v], 2)
+
     def take(self, values: Tensor, fill: int) -> Tensor:
         """Of values [B or 1, G or 1, N] of the rows of all lower ranks those of the rows that came; padding: `fill`."""
         lists = common_lists([values, self.index])

@@ -127,8 +127,7 @@ class Sparsek(ProjectedHeads):
         time, parts = row.time[:, None], [slice(*bounds(shard, rank)) for rank in range(len(shard.lengths))]
         lives = [Lifetimes(_int32(time[..., here]), _int32(death[..., here])) for here in parts]
         travel = Travel.of_living(shard, own.k, lives, front=True)
-        came = travel.bring(shard, torch.cat([own.k, own.v], -1)).chunk(2, -1)
-        k, v = (torch.cat(pair, 2) for pair in zip(came, (own.k, own.v), strict=True))
+        k, v = travel.put_in_front(shard, own.k, own.v)
 
         def known(values: Tensor, fill: int) -> Tensor:
             return side_by_side([travel.take(values[..., : clock.now], fill), values[..., clock.mine]])

@@ -372,10 +372,11 @@ def _bench(arguments: argparse.Namespace) -> int:
 def _checkpoint(arguments: argparse.Namespace) -> int:
     from lmtrain.checkpoint import verify
     from lmtrain.checkpoint.shelf import candidates
-    from lmtrain.export import export
 
     path: Path = arguments.path
     if arguments.action == "export":
+        from lmtrain.export import export  # with the whole model, which verifying does not need
+
         print(export(path, arguments.out))
         return 0
     if arguments.safetensors or arguments.out:

@@ -44,8 +44,9 @@ def apply_rotary(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     cos, sin = (t.to(wide).unsqueeze(1) if t.dim() == 3 else t.to(wide) for t in table)
-    shape = torch.broadcast_shapes(x.shape[:-1], cos.shape[:-1])
-    x = x.expand(*shape, x.shape[-1])
+    # Not `broadcast_shapes`: it imports sympy, half a second of every start.
+    like, _ = torch.broadcast_tensors(x[..., :1], cos[..., :1])
+    x = x.expand(*like.shape[:-1], x.shape[-1])
     return _turned(x, cos, sin) if torch.compiler.is_compiling() else _Turn.apply(x, cos, sin)
 
 
