@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from data.corpus import DEFAULT_VALIDATION, load_corpus
+from data.loader import Loader
 from data.order import StreamOrder
 from data.shards import TokenDataset, prepare
 from data.tokenizer import Tokenizer, build_tokenizer
@@ -96,6 +97,21 @@ def build_engine(config: Config, model: DecoderLM, device: torch.device, world: 
         offload=config.parallel.offload,
         extra=config.parallel.deepspeed,
         **how,
+    )
+
+
+def make_loader(config: Config, dataset: TokenDataset, world: World = ALONE) -> Loader:
+    """This rank's batches of `dataset` in the order that run.seed gives them."""
+    return Loader(
+        dataset,
+        seq_len=config.data.seq_len,
+        batch_sequences=config.batch_sequences,
+        micro_batch=config.micro_batch(world.data_size),
+        seed=config.run.seed,
+        documents=config.data.documents,
+        stream=config.data.stream,
+        rank=world.data_rank,
+        world=world.data_size,
     )
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from attention.mixer import Context, parameter_count
-from data.loader import Batch, Loader
+from data.loader import Batch
 from data.shards import TokenDataset
 from lmtrain import checkpoint, fault, watch
 from lmtrain import config as configuration
@@ -38,6 +38,7 @@ from lmtrain.setup import (
     build_data,
     build_engine,
     build_model,
+    make_loader,
     pick_device,
     run_folder,
     with_vocabulary,
@@ -431,21 +432,6 @@ class Training:
 
     def _complain(self, line: str) -> None:
         self.progress.note(f"warning: {line}")
-
-
-def make_loader(config: Config, dataset: TokenDataset, world: World = ALONE) -> Loader:
-    """This rank's batches of `dataset` in the order that run.seed gives them."""
-    return Loader(
-        dataset,
-        seq_len=config.data.seq_len,
-        batch_sequences=config.batch_sequences,
-        micro_batch=config.micro_batch(world.data_size),
-        seed=config.run.seed,
-        documents=config.data.documents,
-        stream=config.data.stream,
-        rank=world.data_rank,
-        world=world.data_size,
-    )
 
 
 def bits_per_byte(loss: float, dataset: TokenDataset) -> float:

@@ -16,7 +16,7 @@ from lmtrain.loss import token_losses
 from lmtrain.model import DecoderLM
 from lmtrain.run import read_metrics
 from lmtrain.streams import Streams
-from lmtrain.train import DONE, Training, make_loader, train
+from lmtrain.train import DONE, Training, train
 from tests.conformance.oracle import load
 from tests.lmtrain import tiny
 
@@ -105,7 +105,7 @@ def test_evaluation_in_training_carries_too(tmp_path: Path) -> None:
 
 def test_streams_begin_again_when_their_lanes_are_read(tmp_path: Path) -> None:
     config = tiny.config(tmp_path, *STREAM)
-    from lmtrain.setup import build_data
+    from lmtrain.setup import build_data, make_loader
 
     loader = make_loader(config, build_data(config).train)
     begins = [loader.step(step * 4)[0].begins for step in range(2 * loader.order.segments + 1)]  # type: ignore[union-attr]
