@@ -20,12 +20,12 @@ from lmtrain.optimizer import Optimizer, torch_adamw
 from parallel.deepspeed import DeepSpeedEngine
 from parallel.engine import StepInfo, TorchEngine
 from parallel.world import ALONE, World
+from tests.parallel.batch import ROWS, STEPS, VOCABULARY, batch
 from tests.processes import run_ranks
 
 CPU = torch.device("cpu")
 SPREAD = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}  # else the small weights are kept everywhere
 STAGES = (1, 2, 3)
-STEPS, ROWS, LENGTH, VOCABULARY = 20, 4, 16, 11
 SECONDS = 300.0
 LATE = 17  # where runs are cut in two
 MIXERS: dict[str, dict[str, Any]] = {
@@ -59,17 +59,6 @@ def engine_of(
         made = DeepSpeedEngine(model, optimizer, stage=kind, **{"extra": SPREAD, **settings})
     with closing(made):
         yield made
-
-
-def batch(step: int) -> tuple[Tensor, Tensor]:
-    """Rows [ROWS, LENGTH] and their labels: as many scored as chance has it, and none at all in row 1."""
-    generator = torch.Generator().manual_seed(step % 2)  # few, so that they can be learnt
-    text = torch.randint(VOCABULARY, (ROWS, LENGTH + 1), generator=generator)
-    labels = text[:, 1:].clone()
-    labels[torch.rand(labels.shape, generator=generator) < 0.3] = -100
-    labels[1] = -100
-    labels[3, 2:] = -100
-    return text[:, :-1], labels
 
 
 def spoil_value(loss: Tensor) -> Tensor:

@@ -10,10 +10,10 @@ import torch
 from attention.mixer import MIXERS
 from parallel.engine import StepInfo
 from parallel.world import ALONE, World
+from tests.parallel.batch import batch
 from tests.parallel.test_deepspeed import (
     STAGES,
     State,
-    batch,
     broadcast,
     check_infos,
     check_state,

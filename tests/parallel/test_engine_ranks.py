@@ -11,6 +11,7 @@ from lmtrain.model import DecoderLM
 from lmtrain.optimizer import build_optimizer
 from parallel.engine import StepInfo, TorchEngine
 from parallel.world import ALONE, World
+from tests.parallel.batch import ROWS, STEPS, VOCABULARY, batch
 from tests.processes import run_ranks
 
 MIXERS: dict[str, dict[str, Any]] = {
@@ -19,7 +20,6 @@ MIXERS: dict[str, dict[str, Any]] = {
     "routing": {"kind": "routing", "heads": 2, "clusters": 2, "window": 8},
     "moh": {"kind": "moh", "heads": 4, "shared_heads": 1, "active_heads": 2},
 }
-STEPS, ROWS, LENGTH, VOCABULARY = 20, 4, 16, 11
 MICRO = 1  # rows of a micro-batch: what a micro-batch alone decides (balance losses) is then the same on every world
 
 Outcome = tuple[list[StepInfo], dict[str, Tensor]]
@@ -33,17 +33,6 @@ def make_engine(mixer: str, optimizer: str, world: World, wide: bool = False) ->
     model = DecoderLM(config).to(torch.float64 if wide else torch.float32)
     made = build_optimizer(model, OptimizerConfig(kind=optimizer))  # type: ignore[arg-type]
     return TorchEngine(model, made, device=torch.device("cpu"), clip=0.5, world=world)
-
-
-def batch(step: int) -> tuple[Tensor, Tensor]:
-    """Rows [ROWS, LENGTH] and their labels: as many scored as chance has it, and none at all in row 1."""
-    generator = torch.Generator().manual_seed(step % 2)  # few, so that they can be learnt
-    text = torch.randint(VOCABULARY, (ROWS, LENGTH + 1), generator=generator)
-    labels = text[:, 1:].clone()
-    labels[torch.rand(labels.shape, generator=generator) < 0.3] = -100
-    labels[1] = -100
-    labels[3, 2:] = -100
-    return text[:, :-1], labels
 
 
 def one_step(engine: TorchEngine, step: int, lr: float = 1e-3, spoil: int | None = None) -> StepInfo:
