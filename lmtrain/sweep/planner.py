@@ -38,7 +38,9 @@ def plan_of(spec: Spec) -> Plan:
     problems = problems or [*_twins(runs), *_over_budget(spec, runs)]
     if problems:
         raise ConfigError(problems)
-    return Plan(spec, tuple(runs))
+    # Seed by seed: a sweep that is cut short has compared everything once.
+    order = {seed: place for place, seed in enumerate(spec.seeds)}
+    return Plan(spec, tuple(sorted(runs, key=lambda run: order.get(run.config.run.seed, 0))))
 
 
 @dataclass(frozen=True)
