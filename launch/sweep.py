@@ -252,7 +252,7 @@ class Driver:
             self.say(f"{run.name}: trained")
             return
         scores = self.folder.path / "logs" / f"{run.folder}.eval.json"
-        ended = yield Start(self._lmtrain("eval", str(self.folder.of(run)), "--json"), scores)
+        ended = yield Start([sys.executable, "-m", "lmtrain", "eval", str(self.folder.of(run)), "--json"], scores)
         if self.stopping and ended.code:
             return
         if ended.timed_out:
@@ -265,9 +265,8 @@ class Driver:
         """Write result.json, from what the evaluation printed."""
         try:
             evaluation = json.loads(scores.read_text())
-            result = collect(
-                run, self.plan.spec, self.folder.of(run), evaluation, shlex.join(self._train_command(run, None))
-            )
+            command = ["lmtrain", "train", *self._words(run), *self.folder.fork(run)]
+            result = collect(run, self.plan.spec, self.folder.of(run), evaluation, shlex.join(command))
         except ValueError as error:
             return self._fail(run, attempts, f"evaluation: {error}", None)
         result.write(self.folder.of(run))
@@ -275,12 +274,12 @@ class Driver:
         self.say(f"{run.name}: {in_words(result)}; {left} runs left")
 
     def _train_command(self, run: Run, micro_batch: int | None) -> list[str]:
-        words = ["train", self.plan.spec.base, *run.words, f"run.dir={self.folder.of(run)}"]
-        words += [] if micro_batch is None else [f"train.micro_batch={micro_batch}"]
-        return launched(self.options, [*words, *self.folder.resume(run)])
+        smaller = [] if micro_batch is None else [f"train.micro_batch={micro_batch}"]
+        fork = [] if self.folder.has_begun(run) else self.folder.fork(run)
+        return launched(self.options, ["train", *self._words(run), *smaller, *fork])
 
-    def _lmtrain(self, *words: str) -> list[str]:
-        return [sys.executable, "-m", "lmtrain", *words]
+    def _words(self, run: Run) -> list[str]:
+        return [self.plan.spec.base, *run.words, f"run.dir={self.folder.of(run)}"]
 
     def _fail(self, run: Run, attempts: int, reason: str, code: int | None) -> None:
         folder, log = self.folder.of(run), self.folder.log(run)

@@ -101,9 +101,13 @@ class SweepFolder:
         """What the run says of itself."""
         return read_status(self.of(run))
 
-    def resume(self, run: Run) -> list[str]:
-        """The words that make a fork begin with its parent's last checkpoint, unless it has begun."""
-        if run.parent is None or candidates(self.of(run) / "checkpoints"):
+    def has_begun(self, run: Run) -> bool:
+        """Whether it has a checkpoint of its own, with which it goes on."""
+        return bool(candidates(self.of(run) / "checkpoints"))
+
+    def fork(self, run: Run) -> list[str]:
+        """The words that make a run begin with its parent's last checkpoint."""
+        if run.parent is None:
             return []
         return ["--resume", str(self.of(run.parent) / "checkpoints" / f"step-{run.begins}")]
 
