@@ -2,8 +2,8 @@
 
     python benchmarks/plan.py [--json FILE]
 
-Two mixers, five sparsities, ten sizes, ten seeds; heads are solved for so that each run has the FLOPs of dense attention
-of its size. Nothing is cached when it begins. CPU time stands beside it, for machines that others use too.
+Two mixers, five sparsities, ten sizes, ten seeds; heads are solved for so that each run has the FLOPs of dense
+attention of its size. Nothing is cached when it begins. CPU time stands beside it, for machines that others use too.
 """
 
 from __future__ import annotations
