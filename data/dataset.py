@@ -14,7 +14,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from data.document import Split, WordCounter
+from data.document import Split
 from data.tokenizer import Tokenizer, encode_text, from_json, token_dtype, tokenizer_hash
 
 VERSION = 1
@@ -92,7 +92,7 @@ def _write_text(folder: Path, text: Split, tokenizer: Tokenizer) -> dict[str, An
     digest, starts, words = hashlib.sha256(), [0], 0
     with (folder / SHARD).open("wb") as file:
         for document in text.documents:
-            counter, num_tokens = WordCounter(), 0
+            counter, num_tokens = text.counter(), 0
             for chunk, ids in encode_text(tokenizer, document):
                 block = ids.astype(dtype, copy=False).tobytes()
                 file.write(block)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from data.corpus import DEFAULT_VALIDATION, load_corpus
+from data.corpus import CORPORA, DEFAULT_VALIDATION, Corpus, load_corpus
 from data.loader import Loader
 from data.order import StreamOrder
 from data.shards import TokenDataset, prepare
@@ -23,7 +23,8 @@ from parallel.engine import Engine, TorchEngine
 from parallel.world import ALONE, World, launched
 
 FREE_TO_CHANGE = (
-    "run.dir", "data.path", "data.cache", "train.threads", "train.micro_batch", "log", "eval", "checkpoint", "parallel",
+    "run.dir", "data.path", "data.streaming", "data.cache", "train.threads", "train.micro_batch", "log", "eval",
+    "checkpoint", "parallel",
 )  # fmt: skip
 """Settings that a run may be resumed with at another value: what is learnt does not depend on them, but for rounding
 (that the data are the same is checked by their fingerprint)."""
@@ -31,11 +32,12 @@ FREE_TO_CHANGE = (
 
 @dataclass(frozen=True)
 class Data:
-    """The tokens of a run and the tokenizer that made them."""
+    """The tokens of a run, the tokenizer that made them, and what one should know of the text, a sentence each."""
 
     tokenizer: Tokenizer
     train: TokenDataset
     validation: TokenDataset
+    notes: tuple[str, ...] = ()
 
 
 def run_folder(config: Config) -> Path:
@@ -46,10 +48,10 @@ def run_folder(config: Config) -> Path:
 
 def build_data(config: Config) -> Data:
     """Read and tokenize what the configuration names, or take it from the cache. ValueError if it cannot be."""
-    corpus = load_corpus(config.data.corpus, config.data.path, config.data.validation, config.data.alphabet)
+    corpus = read_corpus(config)
     tokenizer = build_tokenizer(config.data.tokenizer, corpus.split("train"))
     train, validation = (prepare(corpus, split, tokenizer, config.data.cache) for split in ("train", "validation"))
-    return Data(tokenizer, train, validation)
+    return Data(tokenizer, train, validation, corpus.notes)
 
 
 def read_split(config: Config, tokenizer: Tokenizer, on: str | None, path: str | None) -> TokenDataset:
@@ -58,10 +60,17 @@ def read_split(config: Config, tokenizer: Tokenizer, on: str | None, path: str |
     path: the file of that corpus, by default the run's own if the corpus is. ValueError if it cannot be read.
     """
     name, _, split = (on or config.data.corpus).partition(":")
-    own = name == config.data.corpus and path is None
-    path, validation = (config.data.path, config.data.validation) if own else (path, DEFAULT_VALIDATION)
-    corpus = load_corpus(name, path, validation, config.data.alphabet)
-    return prepare(corpus, split or "validation", tokenizer, config.data.cache)
+    return prepare(read_corpus(config, name, path), split or "validation", tokenizer, config.data.cache)
+
+
+def read_corpus(config: Config, name: str | None = None, path: str | None = None) -> Corpus:
+    """The corpus of the configuration; or another one by name, or the same in other files, with a share to validate."""
+    name = name or config.data.corpus
+    own = CORPORA[name].settings if name == config.data.corpus else ()
+    settings = {setting: getattr(config.data, setting) for setting in own}
+    if path is not None:
+        settings |= {"path": path, "validation": DEFAULT_VALIDATION}
+    return load_corpus(name, **settings, cache=config.data.cache)
 
 
 def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:

@@ -382,6 +382,8 @@ class Training:
             f"{text.corpus}: {len(text.tokens):,} training tokens ({self.data.tokenizer.name}), "
             f"{config.batch_sequences} sequences of {config.data.seq_len} per step, {config.train.steps} steps, {start}"
         )
+        for note in self.data.notes:
+            self.progress.note(note)
         if self.model.causality != "strict":
             self.progress.note(
                 "this model sees ahead: what it selects depends on later tokens, so its training loss is too low "

@@ -9,6 +9,7 @@ import torch
 
 from attention.divisors import nearest_divisors
 from attention.mixer import MIXERS, nearest
+from data.corpus import readers_of, reads
 from lmtrain.config.problems import Problem
 from lmtrain.config.schema import BYTE_VOCABULARY, Config
 from parallel.deepspeed_settings import deepspeed_settings
@@ -35,6 +36,10 @@ class Effect:
     reason: str
 
 
+def _read_by_the_corpus(setting: str) -> Callable[[Config], bool]:
+    return lambda config: reads(config.data.corpus, setting)
+
+
 EFFECTS = [
     Effect(
         "optimizer.decay",
@@ -48,23 +53,9 @@ EFFECTS = [
         lambda c: c.optimizer.schedule != "constant",
         "a constant schedule ends at the peak",
     ),
-    Effect(
-        "data.path",
-        "data.corpus",
-        lambda c: c.data.corpus not in ("stdlib", "iid"),
-        "the corpora stdlib and iid have no file to be found",
-    ),
-    Effect(
-        "data.alphabet",
-        "data.corpus",
-        lambda c: c.data.corpus == "iid",
-        "only the corpus iid is drawn from an alphabet",
-    ),
-    Effect(
-        "data.validation",
-        "data.corpus",
-        lambda c: c.data.corpus != "enwik8",
-        "enwik8 has its own split",
+    *(
+        Effect(f"data.{name}", "data.corpus", _read_by_the_corpus(name), f"it has one {readers_of(name)}")
+        for name in ("path", "validation", "alphabet", "column", "subset", "split", "revision", "streaming")
     ),
     *(
         Effect(key, "parallel.engine", lambda c: c.parallel.engine == "deepspeed", "only deepspeed knows it")
@@ -183,8 +174,10 @@ def _schedule_fits(config: Config, ranks: int) -> str | None:
 
 @rule("data.path", "data.corpus")
 def _text_has_a_path(config: Config, ranks: int) -> str | None:
-    missing = config.data.corpus == "text" and config.data.path is None
-    return "the corpus text needs the path of its files" if missing else None
+    needed = {"text": "the path of its files", "jsonl": "the path of its files", "hub": "the name of a dataset"}
+    if config.data.path is not None or config.data.corpus not in needed:
+        return None
+    return f"the corpus {config.data.corpus} needs {needed[config.data.corpus]}"
 
 
 @rule("data.validation")
@@ -192,8 +185,8 @@ def _validation_share(config: Config, ranks: int) -> str | None:
     try:
         share = float(config.data.validation)
     except ValueError:
-        return None  # the path of a file
-    return None if 0 < share < 1 else "must be a share > 0 and < 1, or the path of a file"
+        return None  # the path of a text, or the name of a split
+    return None if 0 < share < 1 else "must be a share > 0 and < 1, or the path of a text"
 
 
 @rule("parallel.engine", "train.dtype", "train.compile", "optimizer.kind")

@@ -5,14 +5,21 @@ from __future__ import annotations
 import dataclasses
 import typing
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from attention.divisors import largest_divisor
+from data.corpora import CORPORA
+from data.corpora.contract import DEFAULT_ALPHABET, DEFAULT_COLUMN, DEFAULT_SPLIT, DEFAULT_VALIDATION
 
 MICRO_BATCH_TOKENS = 16384
 """Most tokens that a derived micro-batch holds."""
 
 BYTE_VOCABULARY = 256
+
+if TYPE_CHECKING:
+    CorpusName = str
+else:  # one of those that are registered
+    CorpusName = Literal[tuple(CORPORA)]
 
 
 def setting(
@@ -44,18 +51,32 @@ class RunConfig:
 class DataConfig:
     """What is read."""
 
-    corpus: Literal["text", "enwik8", "stdlib", "iid"] = setting(
+    corpus: CorpusName = setting(  # noqa: RUF009 - a name is immutable
         "stdlib",
-        "`text`: files of your own; `enwik8`; `stdlib`: the Python sources on this machine; `iid`: independent "
-        "uniform letters, which nobody predicts without seeing them",
+        "`text`, `jsonl`: files of your own; `hub`: a dataset of the hub; `enwik8`, `text8`, `pg19`, `wikitext2`, "
+        "`wikitext103`; `stdlib`: the Python sources on this machine; `iid`: independent uniform letters, which nobody "
+        "predicts without seeing them ([data.md](data.md))",
     )
     path: str | None = setting(
-        None, "file, folder or pattern; a relative one is looked up here, then in `$LMTRAIN_DATA`"
+        None,
+        "file, folder or pattern; a relative one is looked up here, then in `$LMTRAIN_DATA`. `hub`: the name of the "
+        "dataset, or a folder laid out like one",
     )
-    validation: str = setting("0.1", "what validates: a share at the end of the text, or the path of a file")
+    validation: str = setting(
+        DEFAULT_VALIDATION,
+        "what validates: a share at the end of the text, or the path of a text; `hub`: or the name of a split",
+    )
     alphabet: int = setting(
-        4, "letters of the corpus `iid`: at best it costs log2 of it bits per byte", at_least=2, at_most=26
+        DEFAULT_ALPHABET,
+        "letters of the corpus `iid`: at best it costs log2 of it bits per byte",
+        at_least=2,
+        at_most=26,
     )
+    column: str = setting(DEFAULT_COLUMN, "the column of a table that holds the text (`jsonl`, `hub`)")
+    subset: str | None = setting(None, "of a dataset of the hub that has several, the one that is meant")
+    split: str = setting(DEFAULT_SPLIT, "of a dataset of the hub, the split that trains")
+    revision: str | None = setting(None, "of a dataset of the hub: branch, tag or commit; null = the newest")
+    streaming: bool = setting(False, "read a dataset of the hub while it arrives, without a copy of its files")
     tokenizer: Literal["bytes", "characters"] = setting("bytes", "`bytes`, or the `characters` of the training text")
     seq_len: int = setting(1024, "tokens of a training sequence", at_least=1)
     documents: Literal["concatenate", "reset"] = setting(
