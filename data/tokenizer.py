@@ -123,7 +123,10 @@ class CharacterTokenizer:
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "CharacterTokenizer":
-        return cls(fields["characters"])
+        characters = fields.get("characters")
+        if not isinstance(characters, str) or not characters:
+            raise ValueError("the tokenizer `characters` must have its characters, a text")
+        return cls(characters)
 
     @classmethod
     def train(cls, text: Text) -> "CharacterTokenizer":
@@ -147,8 +150,11 @@ def build_tokenizer(name: str, training_text: Text) -> Tokenizer:
 
 
 def from_json(fields: dict[str, Any]) -> Tokenizer:
-    """The tokenizer that `to_json` described."""
-    return _class_of(fields["name"]).from_json(fields)
+    """The tokenizer that `to_json` described; ValueError if the fields describe none."""
+    name = fields.get("name")
+    if not isinstance(name, str):
+        raise ValueError("the description of a tokenizer must have its name")
+    return _class_of(name).from_json(fields)
 
 
 def tokenizer_hash(tokenizer: Tokenizer) -> str:

@@ -17,7 +17,7 @@ import pytest
 
 import data.shards
 from data.corpus import Corpus, load_corpus
-from data.dataset import DOCUMENTS, META, SHARD
+from data.dataset import FILES, META
 from data.shards import default_cache, prepare
 from data.tokenizer import ByteTokenizer, CharacterTokenizer
 
@@ -48,7 +48,7 @@ def test_an_intact_dataset_is_reused(corpus: Corpus, cache: Path) -> None:
     before = snapshot(folder)
     second = prepare(corpus, "train", ByteTokenizer(), cache)
     assert snapshot(folder) == before
-    assert set(before) == {SHARD, DOCUMENTS, META}
+    assert set(before) == {*FILES, META}
     assert second.fingerprint == first.fingerprint
     assert bytes(second.tokens) == b"".join(corpus.split("train").chunks())
 
@@ -85,7 +85,7 @@ def test_the_fingerprint_does_not_depend_on_where_text_and_cache_are(
     assert one.fingerprint == other.fingerprint
 
 
-@pytest.mark.parametrize("name", [SHARD, DOCUMENTS, META])
+@pytest.mark.parametrize("name", [*FILES, META])
 @pytest.mark.parametrize("damage", ["flipped", "missing", "short"])
 def test_a_damaged_dataset_is_made_anew_with_a_warning(corpus: Corpus, cache: Path, name: str, damage: str) -> None:
     intact = prepare(corpus, "train", ByteTokenizer(), cache)
