@@ -3,28 +3,19 @@
 A dataset appears under its name complete or not at all: it is written beside, flushed, and renamed.
 """
 
-import errno
-import fcntl
-import os
 import shutil
-import socket
-import uuid
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from data.cache import default_cache, make_once, scratch
 from data.corpus import Corpus
-from data.dataset import VERSION, TokenDataset, open_dataset, sha256_json, sync_folder, write_dataset
+from data.dataset import VERSION, TokenDataset, open_dataset, sha256_json, write_dataset
 from data.document import Split
 from data.tokenizer import Tokenizer, token_dtype, tokenizer_hash
 
 __all__ = ["TokenDataset", "default_cache", "prepare"]
-
-
-def default_cache() -> Path:
-    """$LMTRAIN_CACHE, or ~/.cache/lmtrain."""
-    return Path(os.environ.get("LMTRAIN_CACHE") or "~/.cache/lmtrain").expanduser()
 
 
 def prepare(corpus: Corpus, split: str, tokenizer: Tokenizer, cache_dir: str | Path | None = None) -> TokenDataset:
@@ -40,12 +31,12 @@ def prepare(corpus: Corpus, split: str, tokenizer: Tokenizer, cache_dir: str | P
     folder = cache / f"{corpus.name}-{split}-{tokenizer.name}-{key}"
     with suppress(ValueError):
         return open_dataset(folder)
-    with _cache_errors(cache, text, tokenizer), _locked(folder) as alone:
-        if alone:
-            for abandoned in folder.parent.glob(f"{_scratch_prefix(folder)}*"):  # by a process that was killed
-                shutil.rmtree(abandoned, ignore_errors=True)
-        if not _intact(folder):  # else another process has just made it
-            _make(folder, corpus.name, split, text, tokenizer)
+    with _cache_errors(cache, text, tokenizer):
+        make_once(
+            folder,
+            intact=lambda: _intact(folder),
+            make=lambda temporary: write_dataset(temporary, corpus.name, split, text, tokenizer),
+        )
     return open_dataset(folder)
 
 
@@ -57,7 +48,7 @@ def _intact(folder: Path) -> bool:
         open_dataset(folder)
     except ValueError as error:
         warnings.warn(f"damaged cache, made anew: {error}", stacklevel=3)
-        damaged = _scratch(folder)
+        damaged = scratch(folder)
         with suppress(FileNotFoundError):  # removed by another process
             folder.rename(damaged)
         shutil.rmtree(damaged, ignore_errors=True)
@@ -65,51 +56,10 @@ def _intact(folder: Path) -> bool:
     return True
 
 
-def _make(folder: Path, corpus: str, split: str, text: Split, tokenizer: Tokenizer) -> None:
-    temporary = _scratch(folder)
-    try:
-        write_dataset(temporary, corpus, split, text, tokenizer)
-        _commit(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def _cache_key(corpus: str, split: str, text: Split, tokenizer: Tokenizer) -> str:
     """Changes with whatever may change the tokens; the split rule is in the byte ranges of the documents."""
     sources = [document.identity() for document in text.documents]
     return sha256_json([VERSION, corpus, split, tokenizer_hash(tokenizer), sources])[:16]
-
-
-def _commit(temporary: Path, folder: Path) -> None:
-    try:
-        temporary.rename(folder)
-    except OSError as error:
-        another_was_first = error.errno in (errno.ENOTEMPTY, errno.EEXIST)  # and its dataset serves as well
-        if not another_was_first:
-            raise
-    sync_folder(folder.parent)
-
-
-def _scratch(folder: Path) -> Path:
-    return folder.with_name(_scratch_prefix(folder) + uuid.uuid4().hex[:8])
-
-
-def _scratch_prefix(folder: Path) -> str:
-    """Names the host: on a shared file system the lock may not reach the processes of other hosts."""
-    return f"{folder.name}.tmp-{socket.gethostname()}-"
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
-    """One process at a time makes a dataset. False where locks do not work: then all do, the first wins."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_name(f"{folder.name}.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            yield False
-        else:
-            yield True
 
 
 @contextmanager

@@ -120,14 +120,14 @@ def run(program: str, *arguments: object) -> subprocess.CompletedProcess:
 
 KILLED = """
     import os, signal, sys
-    import data.dataset, data.shards
+    import data.cache, data.dataset, data.shards
     from data.corpus import load_corpus
     from data.tokenizer import ByteTokenizer
     texts, cache, moment = sys.argv[1:]
     def kill(*arguments, **settings):
         os.kill(os.getpid(), signal.SIGKILL)
     if moment == "at commit":
-        data.shards._commit = kill
+        data.cache._commit = kill
     elif moment == "before documents.npy":
         data.dataset.np.save = kill
     else:
