@@ -97,10 +97,6 @@ class Split:
         for document in self.documents:
             yield from document.chunks()
 
-    def counter(self) -> WordCounter:
-        """What counts the words of one of its documents."""
-        return WordCounter(self.lines_are_words)
-
     def locate(self, offset: int) -> str:
         """Words for the byte `offset` of this split, for messages."""
         for document in self.documents:

@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from array import array
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from data.cache import default_cache, make_once
-from data.dataset import sha256_json
+from data.cache import default_cache, open_or_make
+from data.disk import sha256_json, sync_file
 from data.document import Document, WordCounter
 
 VERSION = 1
@@ -68,16 +65,13 @@ def keep(name: str, source: list[Any], read: Callable[[], Texts], cache: str | P
     folder = default_cache() if cache is None else Path(cache).expanduser()
     key = sha256_json([VERSION, name, source])[:16]
     folder = folder / "texts" / f"{name}-{key}"
-    with suppress(ValueError):
-        return _open(folder, key)
     try:
-        make_once(folder, intact=lambda: _intact(folder), make=lambda temporary: _write(temporary, read()))
+        return open_or_make(folder, lambda there: _open(there, key), lambda new: _write(new, read()))
     except OSError as error:
         raise ValueError(
             f"data.cache: cannot write the text of {name} into {folder.parent} ({error.strerror}); "
             "choose another folder with data.cache or $LMTRAIN_CACHE"
         ) from error
-    return _open(folder, key)
 
 
 def content_digest(content: Iterable[bytes]) -> bytes:
@@ -137,11 +131,12 @@ def _write(folder: Path, texts: Texts) -> None:
                 part.add(title, text, size)
             else:
                 part.empty += 1
-        _sync(file)
+        sync_file(file)
     documents = {name: part.to_json() for name, part in parts.items()}
-    with (folder / DOCUMENTS).open("w", encoding="utf-8") as file_of_documents:
-        json.dump({"documents": documents, "checksum": sha256_json(documents)}, file_of_documents)
-        _sync(file_of_documents)
+    content = {"documents": documents, "checksum": sha256_json(documents)}
+    with (folder / DOCUMENTS).open("wb") as file:
+        file.write(json.dumps(content).encode())
+        sync_file(file)
 
 
 def _open(folder: Path, key: str) -> dict[str, KeptPart]:
@@ -165,17 +160,3 @@ def _part(path: Path, key: str, part: dict[str, Any]) -> KeptPart:
         for i, ((start, stop), title) in enumerate(zip(pairwise([part["start"], *part["stops"]]), part["titles"]))
     )
     return KeptPart(tuple(documents), part["words"], part["lines"], part["empty"])
-
-
-def _intact(folder: Path) -> bool:
-    """Whether the text is there; a damaged one is removed."""
-    with suppress(ValueError):
-        _open(folder, "")
-        return True
-    shutil.rmtree(folder, ignore_errors=True)
-    return False
-
-
-def _sync(file: IO[Any]) -> None:
-    file.flush()
-    os.fsync(file.fileno())

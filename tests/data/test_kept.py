@@ -78,7 +78,8 @@ def test_a_damaged_text_is_made_anew(tmp_path: Path, damage: str) -> None:
     else:
         path = folder / damage
         path.write_bytes(path.read_bytes()[:-1])
-    assert kept(tmp_path)["train"].documents == documents
+    with pytest.warns(UserWarning, match="damaged cache, made anew"):
+        assert kept(tmp_path)["train"].documents == documents
 
 
 def test_what_fails_while_it_is_read_leaves_nothing(tmp_path: Path) -> None:

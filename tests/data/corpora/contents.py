@@ -1,6 +1,6 @@
 """What tests of corpora ask of a split."""
 
-from data.document import Split
+from data.document import Split, WordCounter
 
 
 def content(split: Split) -> bytes:
@@ -14,10 +14,10 @@ def texts(split: Split) -> dict[str, bytes]:
 
 
 def words(split: Split) -> int:
-    """As its own counters count them, document by document."""
+    """As prepared datasets count them, document by document."""
     total = 0
     for document in split.documents:
-        counter = split.counter()
+        counter = WordCounter(split.lines_are_words)
         for chunk in document.chunks():
             counter.add(chunk)
         total += counter.words

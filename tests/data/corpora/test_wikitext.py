@@ -7,6 +7,8 @@ import pytest
 
 from data.corpora import wikitext
 from data.corpus import load_corpus
+from data.shards import prepare
+from data.tokenizer import ByteTokenizer
 from tests.data.corpora.contents import content, texts, words
 
 FIRST = b" \n = First = \n \n Some text . \n \n = = Section = = \n \n More <unk> . \n \n"
@@ -37,7 +39,8 @@ def test_articles_are_documents(tmp_path: Path, name: str) -> None:
     assert texts(corpus.split("train")) == {"Second ( film )": b" \n" + SECOND}
     assert texts(corpus.split("validation")) == {"First": FIRST}
     assert content(corpus.split("all")) == b" \n" + SECOND + FIRST + OTHER
-    assert words(corpus.split("validation")) == len(FIRST.split()) + 9
+    dataset = prepare(corpus, "validation", ByteTokenizer())
+    assert dataset.words == words(corpus.split("validation")) == len(FIRST.split()) + 9
 
 
 def test_text_is_cut_in_front_of_headings_only(tmp_path: Path) -> None:
