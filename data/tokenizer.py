@@ -1,7 +1,8 @@
-"""Tokenizers: text as bytes in, token ids out. Bytes; the characters of the training text."""
+"""Tokenizers: text as bytes in, token ids out. Bytes; the characters of the training text; numbers."""
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from typing import Any, ClassVar, Protocol
 
@@ -138,7 +139,46 @@ class CharacterTokenizer:
         return cls("".join(seen))
 
 
-TOKENIZERS: dict[str, type[Tokenizer]] = {"bytes": ByteTokenizer, "characters": CharacterTokenizer}
+class NumberTokenizer:
+    """Tokens that are no text, written as their numbers, each with a blank behind it: `17 0 203 `."""
+
+    name: ClassVar[str] = "numbers"
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+
+    @property
+    def token_bytes(self) -> np.ndarray:
+        return np.array([len(str(number)) + 1 for number in range(self.vocab_size)], dtype=np.int64)
+
+    def encode(self, text: bytes) -> np.ndarray:
+        ids = []
+        for word in re.finditer(rb"\S+", text):
+            if not (word[0].isdigit() and int(word[0]) < self.vocab_size):
+                raise EncodingError(word.start(), f"{word[0].decode(errors='replace')!r} is no number of a token")
+            ids.append(int(word[0]))
+        return np.array(ids, dtype=token_dtype(self.vocab_size))
+
+    def decode(self, ids: np.ndarray) -> bytes:
+        return b"".join(b"%d " % number for number in _checked_ids(ids, self.vocab_size))
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "vocab_size": self.vocab_size}
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> "NumberTokenizer":
+        return cls(fields["vocab_size"])
+
+    @classmethod
+    def train(cls, text: Text) -> "NumberTokenizer":
+        raise ValueError(f"{text.locate(0)}: numbers are the tokens of synthetic tasks; text takes another tokenizer")
+
+
+TOKENIZERS: dict[str, type[Tokenizer]] = {
+    "bytes": ByteTokenizer,
+    "characters": CharacterTokenizer,
+    "numbers": NumberTokenizer,
+}
 
 
 def build_tokenizer(name: str, training_text: Text) -> Tokenizer:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from attention.divisors import largest_divisor
+from data.tasks import TASKS, Task
 
 MICRO_BATCH_TOKENS = 16384
 """Most tokens that a derived micro-batch holds."""
@@ -44,10 +45,13 @@ class RunConfig:
 class DataConfig:
     """What is read."""
 
-    corpus: Literal["text", "enwik8", "stdlib", "iid"] = setting(
+    corpus: Literal["text", "enwik8", "stdlib", "iid", "mqar", "induction", "selective_copy", "passkey"] = setting(
         "stdlib",
         "`text`: files of your own; `enwik8`; `stdlib`: the Python sources on this machine; `iid`: independent "
-        "uniform letters, which nobody predicts without seeing them",
+        "uniform letters, which nobody predicts without seeing them; or a synthetic task",
+    )
+    task: dict[str, Any] = field(
+        default_factory=dict, metadata={"meaning": "settings of the synthetic task that is the corpus; see below"}
     )
     path: str | None = setting(
         None, "file, folder or pattern; a relative one is looked up here, then in `$LMTRAIN_DATA`"
@@ -234,6 +238,18 @@ class Config:
         if self.train.micro_batch is not None:
             return self.train.micro_batch
         return largest_divisor(self.batch_sequences // ranks, max(1, MICRO_BATCH_TOKENS // self.data.seq_len))
+
+    @property
+    def task(self) -> Task:
+        """The synthetic task that data.corpus names."""
+        return TASKS[self.data.corpus](**self.data.task)
+
+    @property
+    def known_vocabulary(self) -> int | None:
+        """Tokens of the text, where these are known without reading it."""
+        if self.data.corpus in TASKS:
+            return self.task.vocab_size
+        return BYTE_VOCABULARY if self.data.tokenizer == "bytes" else None
 
     @property
     def carry(self) -> int:
