@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -14,6 +14,7 @@ FILLER = (
     b"A slow river runs to the sea. Old boats lie along the shore. "
     b"The wind is low and the day is long. Nobody waits on the pier. "
 )
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 MARK, ASK = ord("#"), ord("?")
 
 
@@ -43,6 +44,9 @@ class Passkey(Task):
             most = max(0, length - 2) // 2
             return [("digits", f"a passkey with its question and answer in {length} bytes has at most {most} digits")]
         return []
+
+    def variants(self) -> list[Task]:
+        return [self] if self.depth is not None else [replace(self, depth=depth) for depth in DEPTHS]
 
     def examples(self, draws: Draws, length: int) -> Examples:
         passkey = ord("0") + draws.below(10, self.digits)

@@ -45,6 +45,10 @@ class Task(ABC):
         """How people write these tokens."""
         return NumberTokenizer(self.vocab_size)
 
+    def variants(self) -> list[Task]:
+        """What a table of results shows side by side: this task, unless a setting that was left open matters."""
+        return [self]
+
     def title(self, *lengths: int) -> str:
         """What a result must be called: the name with all settings, as `mqar-v256-k16-t256`."""
         marks = {field.metadata["mark"]: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
