@@ -283,7 +283,7 @@ def _eval(arguments: argparse.Namespace) -> int:
     restored = open_run(arguments.run_dir)
     if (task := read_task(restored.config, restored.tokenizer, arguments.on)) is not None:
         return _eval_task(arguments, restored, task)
-    _refuse(arguments, ("length", "examples", "plot"), "is for synthetic tasks, such as --on passkey")
+    _refuse(arguments, ("length", "examples", "plot"), "for synthetic tasks only, such as --on passkey")
     if arguments.carry and (arguments.context or arguments.stride):
         raise ValueError("--carry reads the text once, without windows: it takes no --context and no --stride")
     config = restored.config
@@ -309,7 +309,11 @@ def _eval_task(arguments: argparse.Namespace, restored: Restored, task: TaskData
     from lmtrain.heatmap import check_picture, draw_recall
     from lmtrain.recall import evaluate_recall, format_recall
 
-    _refuse(arguments, ("path", "context", "stride", "carry"), f"is for texts; examples of {task.task.name} are whole")
+    _refuse(
+        arguments,
+        ("path", "context", "stride", "carry"),
+        f"for texts only; examples of {task.task.name} are scored whole",
+    )
     if arguments.prefixes and restored.model.causality == "strict":
         raise ValueError("--prefixes: this model is strict, its one pass is what every prefix says; leave it out")
     if arguments.plot:
@@ -328,7 +332,7 @@ def _refuse(arguments: argparse.Namespace, options: Sequence[str], reason: str) 
     """ValueError for options that were given and have no effect here."""
     given = [f"--{option}" for option in options if getattr(arguments, option)]
     if given:
-        raise ValueError(f"{', '.join(given)} {reason}")
+        raise ValueError(f"{', '.join(given)}: {reason}")
 
 
 def _generate(arguments: argparse.Namespace) -> int:

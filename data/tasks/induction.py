@@ -28,7 +28,7 @@ class Induction(Task):
             return [
                 (
                     "gap",
-                    f"an example of {length} tokens has room for at most {length - 4}, with two copies of 2 symbols",
+                    f"two copies of 2 symbols and {self.gap} zeros take {self.gap + 4} tokens, an example has {length}",
                 )
             ]
         return []
