@@ -24,11 +24,17 @@ def draw_recall(recall: Recall, path: Path) -> None:
     """Write the heat map of a result: a row for each length, a column for each variant of the task."""
     grid = [[cell.accuracy for cell in cells] for cells in rows_of(recall)]
     rows = [f"{length:,}" for length in recall.lengths]
-    draw_grids({recall.corpus: grid}, rows, variant_names(recall), path, row_label="tokens")
+    draw_grids({recall.corpus: grid}, rows, variant_names(recall), path, row_label="tokens", column_label="")
 
 
 def draw_grids(
-    grids: dict[str, list[list[float]]], rows: list[str], columns: list[str], path: Path, *, row_label: str
+    grids: dict[str, list[list[float]]],
+    rows: list[str],
+    columns: list[str],
+    path: Path,
+    *,
+    row_label: str,
+    column_label: str,
 ) -> None:
     """Write several heat maps of shares from 0 to 1 beside each other, each number in its place, under its title.
 
@@ -45,7 +51,7 @@ def draw_grids(
         axes = list(figure.subplots(down, across, squeeze=False).flat)
         for at, (title, grid) in zip(axes, grids.items(), strict=False):
             image = _draw_grid(at, title, grid, rows, columns)
-            at.set_ylabel(row_label)
+            at.set(xlabel=column_label, ylabel=row_label)
         for unused in axes[len(grids) :]:
             unused.set_axis_off()
         figure.colorbar(image, ax=axes, label="accuracy")
