@@ -190,10 +190,11 @@ def main() -> None:
     arguments = parser.parse_args()
     for task in [] if arguments.report else arguments.tasks:
         for name in arguments.mixers:
-            rows = read_results()
-            if any((row["task"], row["mixer"], row["seed"]) == (task, name, arguments.seed) for row in rows):
-                continue
-            keep([*rows, result(task, name, arguments.seed, arguments.folder)])
+            done = [(row["task"], row["mixer"], row["seed"]) for row in read_results()]
+            if (task, name, arguments.seed) not in done:
+                row = result(task, name, arguments.seed, arguments.folder)
+                keep([*read_results(), row])
+                report()
     report()
 
 

@@ -111,7 +111,6 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
             "score a text or a synthetic task with a trained model",
             "runs/demo",
             "runs/demo --on text:all --path book.txt --json",
-            "runs/recall-passkey --on passkey --length 128,256,512 --plot passkey.svg",
         )
     )
     _add_generate(

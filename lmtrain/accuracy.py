@@ -108,14 +108,9 @@ def evaluate_task(
     """Asks the model the first so many examples of the split.
 
     prefixes: of a model that selects ahead, how many questions are asked at most (`PREFIXES`): it may see fewer
-    examples, but one at least. The rest is as in `lmtrain.evaluate`. ValueError if the examples are longer than the
-    model's table of positions.
+    examples, but one at least. The rest is as in `lmtrain.evaluate`. ValueError: see `check_length`.
     """
-    if model.positions is not None and dataset.length > model.positions.num_embeddings:
-        raise ValueError(
-            f"{dataset.corpus}: {dataset.length} tokens are more than the {model.positions.num_embeddings} "
-            "of model.learned_positions"
-        )
+    check_length(model, dataset)
     strict = model.causality == "strict"
     if not strict:
         asked = int((dataset.examples(0, 1).labels != UNSCORED).sum())
@@ -139,6 +134,15 @@ def evaluate_task(
         standard_error=float(shares.std(ddof=1) / math.sqrt(examples)) if examples > 1 else math.nan,
         one_pass=claimed,
     )
+
+
+def check_length(model: DecoderLM, dataset: TaskDataset) -> None:
+    """ValueError if the examples are longer than the model's table of positions."""
+    if model.positions is not None and dataset.length > model.positions.num_embeddings:
+        raise ValueError(
+            f"{dataset.corpus}: {dataset.length} tokens are more than the {model.positions.num_embeddings} "
+            "of model.learned_positions"
+        )
 
 
 def _whole(texts: Examples, batch_tokens: int) -> Iterator[Part]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from data.dataset import sha256_json
 from data.tasks import TaskDataset
-from lmtrain.accuracy import Accuracy, evaluate_task
+from lmtrain.accuracy import Accuracy, check_length, evaluate_task
 from lmtrain.model import DecoderLM
 from lmtrain.table import table
 
@@ -94,6 +94,8 @@ def evaluate_recall(
     """
     variants = dataset.task.variants()
     datasets = [replace(dataset, task=task, length=length) for length in lengths for task in variants]
+    for each in datasets:
+        check_length(model, each)
     examples = examples or max(1, EXAMPLES // len(variants))
     cells = tuple(evaluate_task(model, each, examples=examples, **how) for each in datasets)
     return Recall(dataset, tuple(lengths), cells)
