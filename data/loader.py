@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Generator
 from dataclasses import dataclass
 from itertools import count
@@ -58,11 +59,46 @@ class Batch:
         )
 
 
-class Loader:
-    """Training batches of one data rank, in the order that `SampleOrder` fixes, or for streams `StreamOrder`.
+class Batches(ABC):
+    """Training batches of one data rank: which samples are in which, whatever they are made of.
 
     A step reads G = `batch_sequences` consecutive samples, all ranks together: with W = `world` and
     u = `micro_batch`, row j of micro-batch m of rank r is its sample mWu + ru + j; neither changes the set.
+    """
+
+    def __init__(self, *, batch_sequences: int, micro_batch: int, rank: int = 0, world: int = 1) -> None:
+        if min(batch_sequences, micro_batch) < 1 or batch_sequences % (micro_batch * world):
+            raise ValueError(
+                f"train.micro_batch: {batch_sequences} sequences cannot be cut "
+                f"into micro-batches of {micro_batch} on {world} data ranks"
+            )
+        assert 0 <= rank < world, (rank, world)
+        self.batch_sequences = batch_sequences
+        self.micro_batch = micro_batch
+        self.rank = rank
+        self.world = world
+
+    def batches(self, first_sample: int) -> Generator[list[Batch], None, None]:
+        """This rank's micro-batches of one optimizer step after another, without end; a thread works ahead.
+
+        first_sample: the data cursor, the number of samples that all steps before have read.
+        """
+        steps = (self.step(first) for first in count(first_sample, self.batch_sequences))
+        return prefetch(steps, STEPS_AHEAD)
+
+    def step(self, first_sample: int) -> list[Batch]:
+        """This rank's micro-batches of the step that reads the samples from `first_sample` on."""
+        stride = self.world * self.micro_batch
+        first = first_sample + self.rank * self.micro_batch
+        return [self._batch(first + offset) for offset in range(0, self.batch_sequences, stride)]
+
+    @abstractmethod
+    def _batch(self, first_sample: int) -> Batch:
+        """The micro-batch of the samples from `first_sample` on."""
+
+
+class Loader(Batches):
+    """Batches of windows of a text, in the order that `SampleOrder` fixes, or for streams `StreamOrder`.
 
     documents: what becomes of a window that spans several documents.
         "concatenate": nothing, the text is one stream.
@@ -89,37 +125,14 @@ class Loader:
     ) -> None:
         if documents not in DOCUMENTS:
             raise ValueError(f"data.documents: must be {' or '.join(DOCUMENTS)}, not {documents!r}")
-        if min(batch_sequences, micro_batch) < 1 or batch_sequences % (micro_batch * world):
-            raise ValueError(
-                f"train.micro_batch: {batch_sequences} sequences cannot be cut "
-                f"into micro-batches of {micro_batch} on {world} data ranks"
-            )
-        assert 0 <= rank < world, (rank, world)
+        super().__init__(batch_sequences=batch_sequences, micro_batch=micro_batch, rank=rank, world=world)
         self.dataset = dataset
         number = len(dataset.tokens)
         self.order: SampleOrder | StreamOrder = (
             StreamOrder(number, seq_len, batch_sequences) if stream else SampleOrder(number, seq_len, seed)
         )
         self.seq_len = seq_len
-        self.batch_sequences = batch_sequences
-        self.micro_batch = micro_batch
         self.documents = documents
-        self.rank = rank
-        self.world = world
-
-    def batches(self, first_sample: int) -> Generator[list[Batch], None, None]:
-        """This rank's micro-batches of one optimizer step after another, without end; a thread works ahead.
-
-        first_sample: the data cursor, the number of samples that all steps before have read.
-        """
-        steps = (self.step(first) for first in count(first_sample, self.batch_sequences))
-        return prefetch(steps, STEPS_AHEAD)
-
-    def step(self, first_sample: int) -> list[Batch]:
-        """This rank's micro-batches of the step that reads the samples from `first_sample` on."""
-        stride = self.world * self.micro_batch
-        first = first_sample + self.rank * self.micro_batch
-        return [self._batch(first + offset) for offset in range(0, self.batch_sequences, stride)]
 
     def _batch(self, first_sample: int) -> Batch:
         samples = np.arange(first_sample, first_sample + self.micro_batch)

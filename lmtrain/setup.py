@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from data.corpus import CORPORA, DEFAULT_VALIDATION, Corpus, load_corpus
-from data.loader import Loader
+from data.loader import Batches, Loader
 from data.order import StreamOrder
 from data.shards import TokenDataset, prepare
+from data.tasks import TASKS, TaskDataset, TaskLoader
 from data.tokenizer import Tokenizer, build_tokenizer
 from lmtrain import checkpoint
 from lmtrain.config import Config, OptimizerConfig, differences, reload
@@ -32,11 +33,11 @@ FREE_TO_CHANGE = (
 
 @dataclass(frozen=True)
 class Data:
-    """The tokens of a run, the tokenizer that made them, and what one should know of the text, a sentence each."""
+    """The tokens of a run, of a text or of a synthetic task, and the tokenizer that made them."""
 
     tokenizer: Tokenizer
-    train: TokenDataset
-    validation: TokenDataset
+    train: TokenDataset | TaskDataset
+    validation: TokenDataset | TaskDataset
     notes: tuple[str, ...] = ()
 
 
@@ -48,10 +49,13 @@ def run_folder(config: Config) -> Path:
 
 def build_data(config: Config) -> Data:
     """Read and tokenize what the configuration names, or take it from the cache. ValueError if it cannot be."""
+    if config.data.corpus in TASKS:
+        train = TaskDataset(config.task, "train", config.data.seq_len, config.run.seed)
+        return Data(train.tokenizer, train, TaskDataset(config.task, "validation", config.data.seq_len))
     corpus = read_corpus(config)
     tokenizer = build_tokenizer(config.data.tokenizer, corpus.split("train"))
-    train, validation = (prepare(corpus, split, tokenizer, config.data.cache) for split in ("train", "validation"))
-    return Data(tokenizer, train, validation, corpus.notes)
+    text, held_out = (prepare(corpus, split, tokenizer, config.data.cache) for split in ("train", "validation"))
+    return Data(tokenizer, text, held_out, corpus.notes)
 
 
 def read_split(config: Config, tokenizer: Tokenizer, on: str | None, path: str | None) -> TokenDataset:
@@ -71,6 +75,23 @@ def read_corpus(config: Config, name: str | None = None, path: str | None = None
     if path is not None:
         settings |= {"path": path, "validation": DEFAULT_VALIDATION}
     return load_corpus(name, **settings, cache=config.data.cache)
+
+
+def read_task(config: Config, tokenizer: Tokenizer, on: str | None) -> TaskDataset | None:
+    """The task to score, `task[:split]`, else the run's own validation split; None if that is a text.
+
+    The run's own task has the run's settings, another one its defaults. ValueError for a split that tasks do not have,
+    or if the model reads other tokens than those of the task.
+    """
+    name, _, split = (on or config.data.corpus).partition(":")
+    if name not in TASKS:
+        return None
+    task = config.task if name == config.data.corpus else TASKS[name]()
+    if task.tokenizer.name != tokenizer.name:
+        raise ValueError(f"--on {name}: its tokens are {task.tokenizer.name}, those of this model {tokenizer.name}")
+    if task.vocab_size > tokenizer.vocab_size:
+        raise ValueError(f"--on {name}: has {task.vocab_size} tokens, the model knows {tokenizer.vocab_size}")
+    return TaskDataset(task, split or "validation", config.data.seq_len)
 
 
 def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
@@ -109,18 +130,23 @@ def build_engine(config: Config, model: DecoderLM, device: torch.device, world: 
     )
 
 
-def make_loader(config: Config, dataset: TokenDataset, world: World = ALONE) -> Loader:
+def make_loader(config: Config, dataset: TokenDataset | TaskDataset, world: World = ALONE) -> Batches:
     """This rank's batches of `dataset` in the order that run.seed gives them."""
+    share: dict[str, int] = {
+        "batch_sequences": config.batch_sequences,
+        "micro_batch": config.micro_batch(world.data_size),
+        "rank": world.data_rank,
+        "world": world.data_size,
+    }
+    if isinstance(dataset, TaskDataset):
+        return TaskLoader(dataset, **share)
     return Loader(
         dataset,
         seq_len=config.data.seq_len,
-        batch_sequences=config.batch_sequences,
-        micro_batch=config.micro_batch(world.data_size),
         seed=config.run.seed,
         documents=config.data.documents,
         stream=config.data.stream,
-        rank=world.data_rank,
-        world=world.data_size,
+        **share,
     )
 
 
@@ -134,10 +160,14 @@ def checkpoint_bytes(config: Config) -> int:
 
 def check_data(config: Config) -> list[Problem]:
     """Whatever is wrong with the text: missing, empty, too short, of more symbols than the model has."""
+    if config.data.corpus in TASKS:
+        return []  # rules of the configuration know all about them
     try:
         data = build_data(config)
     except ValueError as error:
         return [_problem(error, "data.path")]
+    assert isinstance(data.train, TokenDataset)
+    assert isinstance(data.validation, TokenDataset)
     found = []
     shortest = {"train": (data.train, config.data.seq_len + 1), "validation": (data.validation, 2)}
     for split, (dataset, least) in shortest.items():

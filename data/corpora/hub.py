@@ -102,6 +102,8 @@ def _explained(path: str) -> Iterator[None]:
                 "; no code of a dataset is run here: try data.revision=refs/convert/parquet, which the hub makes of "
                 "most, or a copy of it as parquet, or download its files and use the corpora text or jsonl"
             )
+        elif isinstance(error, OSError) and find_folder(path) is None:
+            reason += "; or set data.path to a folder with its files"
         raise ValueError(f"data.path: the dataset {path} cannot be read: {reason}") from error
 
 

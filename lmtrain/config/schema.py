@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from attention.divisors import largest_divisor
 from data.corpora import CORPORA
 from data.corpora.contract import DEFAULT_ALPHABET, DEFAULT_COLUMN, DEFAULT_SPLIT, DEFAULT_VALIDATION
+from data.tasks import TASKS, Task
 
 MICRO_BATCH_TOKENS = 16384
 """Most tokens that a derived micro-batch holds."""
@@ -19,7 +20,7 @@ BYTE_VOCABULARY = 256
 if TYPE_CHECKING:
     CorpusName = str
 else:  # one of those that are registered
-    CorpusName = Literal[tuple(CORPORA)]
+    CorpusName = Literal[(*CORPORA, *TASKS)]
 
 
 def setting(
@@ -55,7 +56,10 @@ class DataConfig:
         "stdlib",
         "`text`, `jsonl`: files of your own; `hub`: a dataset of the hub; `enwik8`, `text8`, `pg19`, `wikitext2`, "
         "`wikitext103`; `stdlib`: the Python sources on this machine; `iid`: independent uniform letters, which nobody "
-        "predicts without seeing them ([data.md](data.md))",
+        "predicts without seeing them ([data.md](data.md)); or a synthetic task",
+    )
+    task: dict[str, Any] = field(
+        default_factory=dict, metadata={"meaning": "settings of the synthetic task that is the corpus; see below"}
     )
     path: str | None = setting(
         None,
@@ -255,6 +259,18 @@ class Config:
         if self.train.micro_batch is not None:
             return self.train.micro_batch
         return largest_divisor(self.batch_sequences // ranks, max(1, MICRO_BATCH_TOKENS // self.data.seq_len))
+
+    @property
+    def task(self) -> Task:
+        """The synthetic task that data.corpus names."""
+        return TASKS[self.data.corpus](**self.data.task)
+
+    @property
+    def known_vocabulary(self) -> int | None:
+        """Tokens of the text, where these are known without reading it."""
+        if self.data.corpus in TASKS:
+            return self.task.vocab_size
+        return BYTE_VOCABULARY if self.data.tokenizer == "bytes" else None
 
     @property
     def carry(self) -> int:

@@ -118,5 +118,7 @@ def test_offline_nothing_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("the network was asked")
 
     monkeypatch.setattr("socket.socket.connect", no_network)
-    with pytest.raises(ValueError, match=r"data\.path: the dataset nobody/nothing cannot be read: "):
+    with pytest.raises(
+        ValueError, match=r"data\.path: the dataset nobody/nothing cannot be read: .*; or set data\.path to"
+    ):
         load("nobody/nothing")
