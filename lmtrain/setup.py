@@ -9,13 +9,16 @@ from typing import Any
 import torch
 
 from data.corpus import CORPORA, DEFAULT_VALIDATION, Corpus, load_corpus
+from data.document import Split
 from data.loader import Batches, Loader
+from data.mixture import MIXTURE, Mixture, mix_datasets
 from data.order import StreamOrder
 from data.shards import TokenDataset, prepare
 from data.tasks import TASKS, TaskDataset, TaskLoader
 from data.tokenizer import Tokenizer, build_tokenizer
 from lmtrain import checkpoint
 from lmtrain.config import Config, OptimizerConfig, differences, reload
+from lmtrain.config.mixture import ingredients
 from lmtrain.config.problems import Problem
 from lmtrain.model import DecoderLM
 from lmtrain.optimizer import build_optimizer, torch_adamw
@@ -33,11 +36,14 @@ FREE_TO_CHANGE = (
 
 @dataclass(frozen=True)
 class Data:
-    """The tokens of a run, of a text or of a synthetic task, and the tokenizer that made them."""
+    """The tokens of a run, of texts or of a synthetic task, and the tokenizer that made them.
+
+    validation: of each text that trains. notes: what one should know of the texts, a sentence each.
+    """
 
     tokenizer: Tokenizer
     train: TokenDataset | TaskDataset
-    validation: TokenDataset | TaskDataset
+    validation: tuple[TokenDataset | TaskDataset, ...]
     notes: tuple[str, ...] = ()
 
 
@@ -51,11 +57,37 @@ def build_data(config: Config) -> Data:
     """Read and tokenize what the configuration names, or take it from the cache. ValueError if it cannot be."""
     if config.data.corpus in TASKS:
         train = TaskDataset(config.task, "train", config.data.seq_len, config.run.seed)
-        return Data(train.tokenizer, train, TaskDataset(config.task, "validation", config.data.seq_len))
+        return Data(train.tokenizer, train, (TaskDataset(config.task, "validation", config.data.seq_len),))
+    if config.data.corpus == MIXTURE:
+        return _build_mixture(config)
     corpus = read_corpus(config)
     tokenizer = build_tokenizer(config.data.tokenizer, corpus.split("train"))
     text, held_out = (prepare(corpus, split, tokenizer, config.data.cache) for split in ("train", "validation"))
-    return Data(tokenizer, text, held_out, corpus.notes)
+    return Data(tokenizer, text, (held_out,), corpus.notes)
+
+
+def _build_mixture(config: Config) -> Data:
+    """The texts of a mixture: one training text with the tokenizer of all, a validation text of each."""
+    texts = ingredients(config.data.mixture)
+    corpora = {name: _read_text(config, name) for name in texts}
+    together = Split(tuple(document for corpus in corpora.values() for document in corpus.split("train").documents))
+    tokenizer = build_tokenizer(config.data.tokenizer, together)
+    parts, held_out = (
+        [prepare(corpus, split, tokenizer, config.data.cache) for corpus in corpora.values()]
+        for split in ("train", "validation")
+    )
+    called = (name if name == text.corpus else f"{name} ({corpora[name].name})" for name, text in texts.items())
+    validation = tuple(replace(dataset, corpus=name) for name, dataset in zip(called, held_out, strict=True))
+    notes = (f"{name}: {note}" for name, corpus in corpora.items() for note in corpus.notes)
+    return Data(tokenizer, mix_datasets(parts, [text.weight for text in texts.values()]), validation, tuple(notes))
+
+
+def _read_text(config: Config, name: str) -> Corpus:
+    """A text of the mixture. ValueError names it."""
+    try:
+        return read_corpus(config, name)
+    except ValueError as error:
+        raise ValueError(f"data.mixture.{name}: {error}") from error
 
 
 def read_split(config: Config, tokenizer: Tokenizer, on: str | None, path: str | None) -> TokenDataset:
@@ -68,10 +100,19 @@ def read_split(config: Config, tokenizer: Tokenizer, on: str | None, path: str |
 
 
 def read_corpus(config: Config, name: str | None = None, path: str | None = None) -> Corpus:
-    """The corpus of the configuration; or another one by name, or the same in other files, with a share to validate."""
+    """The corpus of the configuration, a text of its mixture or another corpus, by name.
+
+    path: other files of it, of which the default share validates. ValueError if it cannot be read.
+    """
     name = name or config.data.corpus
-    own = CORPORA[name].settings if name == config.data.corpus else ()
-    settings = {setting: getattr(config.data, setting) for setting in own}
+    texts = ingredients(config.data.mixture) if config.data.corpus == MIXTURE else {}
+    settings: dict[str, Any] = {}
+    if name in texts:
+        name, settings = texts[name].corpus, dict(texts[name].settings)
+    elif name == MIXTURE:
+        raise ValueError(f"data.corpus: a mixture is no text, name one of its own: {', '.join(texts) or 'it has none'}")
+    elif name == config.data.corpus:
+        settings = {setting: getattr(config.data, setting) for setting in CORPORA[name].settings}
     if path is not None:
         settings |= {"path": path, "validation": DEFAULT_VALIDATION}
     return load_corpus(name, **settings, cache=config.data.cache)
@@ -167,19 +208,19 @@ def check_data(config: Config) -> list[Problem]:
     except ValueError as error:
         return [_problem(error, "data.path")]
     assert isinstance(data.train, TokenDataset)
-    assert isinstance(data.validation, TokenDataset)
-    found = []
-    shortest = {"train": (data.train, config.data.seq_len + 1), "validation": (data.validation, 2)}
-    for split, (dataset, least) in shortest.items():
-        if len(dataset.tokens) < least:
-            found.append(
-                Problem(
-                    "",
-                    "data.seq_len" if split == "train" else "data.validation",
-                    f"the {split} split has {len(dataset.tokens)} tokens, at least {least} are needed; "
-                    "give more text or a shorter data.seq_len",
-                )
-            )
+    parts = data.train.parts if isinstance(data.train, Mixture) else (data.train,)
+    shortest = [("data.seq_len", part, config.data.seq_len + 1) for part in parts]
+    shortest += [("data.validation", part, 2) for part in data.validation if isinstance(part, TokenDataset)]
+    found = [
+        Problem(
+            "",
+            key,
+            f"the {part.split} split of {part.corpus} has {len(part.tokens)} tokens, at least {least} are needed; "
+            "give more text or a shorter data.seq_len",
+        )
+        for key, part, least in shortest
+        if len(part.tokens) < least
+    ]
     if config.data.stream:
         try:
             StreamOrder(len(data.train.tokens), config.data.seq_len, config.batch_sequences)

@@ -12,6 +12,7 @@ import hashlib
 import sys
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 
 from attention.mixer import Context, parameter_count
 from data.loader import Batch
+from data.shards import TokenDataset
 from data.tasks import TaskDataset
 from lmtrain import checkpoint, fault, watch
 from lmtrain import config as configuration
@@ -280,15 +282,16 @@ class Training:
         self.seconds.reset()
 
     def _evaluate(self) -> None:
-        """Score the beginning of the validation split; the row and the board get the numbers."""
-        told = self.engine.reading(self._validated)
-        self.run.log_metrics({"step": self.step, "tokens": self.tokens, **told.row})
-        self._scalars(told.scalars)
-        self.progress.note(f"step {self.step}: {told.words}")
+        """Score the beginning of each validation text; the rows and the board get the numbers."""
+        for dataset in self.data.validation:
+            told = self.engine.reading(partial(self._validated, dataset))
+            self.run.log_metrics({"step": self.step, "tokens": self.tokens, "corpus": dataset.corpus, **told.row})
+            self._scalars(told.scalars)
+            self.progress.note(f"step {self.step}: {told.words}")
 
-    def _validated(self) -> Report:
+    def _validated(self, dataset: TokenDataset | TaskDataset) -> Report:
         how: dict[str, Any] = {"autocast": self.engine.autocast, "should_stop": self._stop_evaluating}
-        return validate(self.model, self.data.validation, self.config, world=self.world, **how)
+        return validate(self.model, dataset, self.config, world=self.world, **how)
 
     def _stop_evaluating(self) -> bool:
         self.at(f"the evaluation at step {self.step}")
