@@ -140,7 +140,8 @@ KILLED = """
 def test_a_killed_process_leaves_no_dataset_and_its_rest_is_removed(corpus: Corpus, cache: Path, moment: str) -> None:
     texts = corpus.split("all").documents[0].path.parent
     assert run(KILLED, texts, cache, moment).returncode == -signal.SIGKILL
-    assert {path.suffix.split("-")[0] for path in datasets(cache)} == {".tmp", ".parts"}
+    assert all(".tmp-" in path.name or path.name.endswith(".parts") for path in datasets(cache))
+    assert len(datasets(cache)) == 2
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # an unfinished dataset is no damaged one
         dataset = prepare(load_corpus("text", str(texts)), "all", ByteTokenizer(), cache)
