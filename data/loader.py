@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from itertools import count
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data.order import SampleOrder, StreamOrder
+from data.order import Ranges, SampleOrder, StreamOrder, readable
 from data.prefetch import prefetch
 from data.shards import TokenDataset
 
@@ -27,7 +26,7 @@ class Batch:
 
     labels: the next token, or -100 where it is unscored.
     positions, document_ends: None if documents are concatenated, else see `Loader`.
-    first_sample: global index of row 0; the rows are consecutive samples.
+    first_sample: global index of row 0; the rows are consecutive samples, but for those never read.
     begins: the rows do not go on from those of the step before; always so without `stream`.
     crc: sum modulo 2^32, over the rows, of the crc32 of a row's T + 1 token ids as little-endian uint32.
         Summed over the micro-batches and ranks of a step, it tells which data the step read, on any world.
@@ -70,6 +69,7 @@ class Loader:
             earlier, so that a row depends on nothing outside it. `document_ends` is the index in the row one
             past the document's last token, more than T if it goes on after the row. A document's last token
             is unscored: its target belongs to another document.
+    skip: ranges [first, last) of samples that are never read, those after them are read instead.
     stream: each row goes on where it stopped one step before. Then positions of a document that began earlier count
         from there, or from the beginning of the row's lane.
     """
@@ -84,6 +84,7 @@ class Loader:
         seed: int,
         documents: str = "concatenate",
         stream: bool = False,
+        skip: Ranges = (),
         rank: int = 0,
         world: int = 1,
     ) -> None:
@@ -94,6 +95,8 @@ class Loader:
                 f"train.micro_batch: {batch_sequences} sequences cannot be cut "
                 f"into micro-batches of {micro_batch} on {world} data ranks"
             )
+        if stream and skip:
+            raise ValueError("data.skip: the rows of data.stream read on, they leave nothing out")
         assert 0 <= rank < world, (rank, world)
         self.dataset = dataset
         number = len(dataset.tokens)
@@ -104,25 +107,38 @@ class Loader:
         self.batch_sequences = batch_sequences
         self.micro_batch = micro_batch
         self.documents = documents
+        self.skip = skip
         self.rank = rank
         self.world = world
 
     def batches(self, first_sample: int) -> Generator[list[Batch], None, None]:
         """This rank's micro-batches of one optimizer step after another, without end; a thread works ahead.
 
-        first_sample: the data cursor, the number of samples that all steps before have read.
+        first_sample: the data cursor, the first sample that no step before has passed.
         """
-        steps = (self.step(first) for first in count(first_sample, self.batch_sequences))
-        return prefetch(steps, STEPS_AHEAD)
+        return prefetch(self._steps(first_sample), STEPS_AHEAD)
+
+    def _steps(self, first_sample: int) -> Iterator[list[Batch]]:
+        while True:
+            yield self.step(first_sample)
+            first_sample = self.after(first_sample)
 
     def step(self, first_sample: int) -> list[Batch]:
         """This rank's micro-batches of the step that reads the samples from `first_sample` on."""
+        samples = self._samples(first_sample)
         stride = self.world * self.micro_batch
-        first = first_sample + self.rank * self.micro_batch
-        return [self._batch(first + offset) for offset in range(0, self.batch_sequences, stride)]
+        firsts = range(self.rank * self.micro_batch, self.batch_sequences, stride)
+        return [self._batch(samples[first : first + self.micro_batch]) for first in firsts]
 
-    def _batch(self, first_sample: int) -> Batch:
-        samples = np.arange(first_sample, first_sample + self.micro_batch)
+    def after(self, first_sample: int) -> int:
+        """The data cursor after the step that reads from `first_sample` on."""
+        return int(self._samples(first_sample)[-1]) + 1
+
+    def _samples(self, first_sample: int) -> np.ndarray:
+        return readable(first_sample, self.batch_sequences, self.skip)
+
+    def _batch(self, samples: np.ndarray) -> Batch:
+        first_sample = int(samples[0])
         starts = self.order.starts(samples)
         tokens = np.asarray(self.dataset.tokens)
         rows = np.stack([tokens[start : start + self.seq_len + 1] for start in starts]).astype(np.int64)

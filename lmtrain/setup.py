@@ -10,7 +10,7 @@ import torch
 
 from data.corpus import DEFAULT_VALIDATION, Corpus, load_corpus
 from data.loader import Loader
-from data.order import StreamOrder
+from data.order import StreamOrder, read_ranges
 from data.shards import TokenDataset, prepare
 from data.tokenizer import Tokenizer
 from data.vocabulary import corpus_tokenizer
@@ -24,10 +24,11 @@ from parallel.engine import Engine, TorchEngine
 from parallel.world import ALONE, World, launched
 
 FREE_TO_CHANGE = (
-    "run.dir", "data.path", "data.cache", "train.threads", "train.micro_batch", "log", "eval", "checkpoint", "parallel",
+    "run.dir", "data.path", "data.cache", "data.skip", "train.threads", "train.micro_batch", "log", "eval",
+    "checkpoint", "parallel",
 )  # fmt: skip
 """Settings that a run may be resumed with at another value: what is learnt does not depend on them, but for rounding
-(that the data are the same is checked by their fingerprint)."""
+(that the data are the same is checked by their fingerprint); and data.skip, which is there to be changed."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,7 @@ def make_loader(config: Config, dataset: TokenDataset, world: World = ALONE) -> 
         seed=config.run.seed,
         documents=config.data.documents,
         stream=config.data.stream,
+        skip=read_ranges(config.data.skip),
         rank=world.data_rank,
         world=world.data_size,
     )

@@ -9,6 +9,7 @@ import torch
 
 from attention.divisors import nearest_divisors
 from attention.mixer import MIXERS, nearest
+from data.order import read_ranges
 from data.tokenizer import NAMES
 from lmtrain.config.problems import Problem
 from lmtrain.config.schema import BYTE_VOCABULARY, Config
@@ -178,6 +179,17 @@ def _vocabulary_holds_bytes(config: Config, ranks: int) -> str | None:
     if size is None or size >= BYTE_VOCABULARY or config.data.tokenizer != "bytes":
         return None
     return f"less than the {BYTE_VOCABULARY} tokens of the tokenizer bytes"
+
+
+@rule("data.skip", "data.stream")
+def _skip_is_ranges(config: Config, ranks: int) -> str | None:
+    if config.data.skip is not None and config.data.stream:
+        return "the rows of data.stream read on, they leave nothing out: set it to null"
+    try:
+        read_ranges(config.data.skip)
+    except ValueError as error:
+        return str(error).removeprefix("data.skip: ")
+    return None
 
 
 @rule("data.tokenizer")

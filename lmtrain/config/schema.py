@@ -71,6 +71,10 @@ class DataConfig:
         "each row of a batch is one continuous text, read in segments of seq_len tokens; what the mixers remember is "
         "carried along",
     )
+    skip: str | None = setting(
+        None,
+        "samples that are never read, say after a spike of the loss: `1000:1100, 5000:5200`, without the last ones",
+    )
     carry: int | None = setting(
         None, "carried along, no key lives for more tokens than that; null = 4 x seq_len", at_least=1
     )
