@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
@@ -57,11 +58,63 @@ class Batch:
         )
 
 
-class Loader:
-    """Training batches of one data rank, in the order that `SampleOrder` fixes, or for streams `StreamOrder`.
+class Batches(ABC):
+    """Training batches of one data rank: which samples are in which, whatever they are made of.
 
     A step reads G = `batch_sequences` consecutive samples, all ranks together: with W = `world` and
     u = `micro_batch`, row j of micro-batch m of rank r is its sample mWu + ru + j; neither changes the set.
+
+    skip: ranges [first, last) of samples that are never read; a step reads those after them instead.
+    """
+
+    def __init__(
+        self, *, batch_sequences: int, micro_batch: int, skip: Ranges = (), rank: int = 0, world: int = 1
+    ) -> None:
+        if min(batch_sequences, micro_batch) < 1 or batch_sequences % (micro_batch * world):
+            raise ValueError(
+                f"train.micro_batch: {batch_sequences} sequences cannot be cut "
+                f"into micro-batches of {micro_batch} on {world} data ranks"
+            )
+        assert 0 <= rank < world, (rank, world)
+        self.batch_sequences = batch_sequences
+        self.micro_batch = micro_batch
+        self.skip = skip
+        self.rank = rank
+        self.world = world
+
+    def batches(self, first_sample: int) -> Generator[list[Batch], None, None]:
+        """This rank's micro-batches of one optimizer step after another, without end; a thread works ahead.
+
+        first_sample: the data cursor, the first sample that no step before has passed.
+        """
+        return prefetch(self._steps(first_sample), STEPS_AHEAD)
+
+    def step(self, first_sample: int) -> list[Batch]:
+        """This rank's micro-batches of the step that reads the samples from `first_sample` on."""
+        samples = self._samples(first_sample)
+        stride = self.world * self.micro_batch
+        firsts = range(self.rank * self.micro_batch, self.batch_sequences, stride)
+        return [self._batch(samples[first : first + self.micro_batch]) for first in firsts]
+
+    def after(self, first_sample: int) -> int:
+        """The data cursor after the step that reads from `first_sample` on."""
+        return int(self._samples(first_sample)[-1]) + 1
+
+    def _steps(self, first_sample: int) -> Iterator[list[Batch]]:
+        while True:
+            yield self.step(first_sample)
+            first_sample = self.after(first_sample)
+
+    def _samples(self, first_sample: int) -> np.ndarray:
+        return readable(first_sample, self.batch_sequences, self.skip)
+
+    @abstractmethod
+    def _batch(self, samples: np.ndarray) -> Batch:
+        """The micro-batch of these samples [u]."""
+
+
+class Loader(Batches):
+    """Batches of windows of a text, in the order that `SampleOrder` fixes, or for streams `StreamOrder`.
 
     documents: what becomes of a window that spans several documents.
         "concatenate": nothing, the text is one stream.
@@ -69,7 +122,6 @@ class Loader:
             earlier, so that a row depends on nothing outside it. `document_ends` is the index in the row one
             past the document's last token, more than T if it goes on after the row. A document's last token
             is unscored: its target belongs to another document.
-    skip: ranges [first, last) of samples that are never read, those after them are read instead.
     stream: each row goes on where it stopped one step before. Then positions of a document that began earlier count
         from there, or from the beginning of the row's lane.
     """
@@ -90,52 +142,16 @@ class Loader:
     ) -> None:
         if documents not in DOCUMENTS:
             raise ValueError(f"data.documents: must be {' or '.join(DOCUMENTS)}, not {documents!r}")
-        if min(batch_sequences, micro_batch) < 1 or batch_sequences % (micro_batch * world):
-            raise ValueError(
-                f"train.micro_batch: {batch_sequences} sequences cannot be cut "
-                f"into micro-batches of {micro_batch} on {world} data ranks"
-            )
         if stream and skip:
             raise ValueError("data.skip: the rows of data.stream read on, they leave nothing out")
-        assert 0 <= rank < world, (rank, world)
+        super().__init__(batch_sequences=batch_sequences, micro_batch=micro_batch, skip=skip, rank=rank, world=world)
         self.dataset = dataset
         number = len(dataset.tokens)
         self.order: SampleOrder | StreamOrder = (
             StreamOrder(number, seq_len, batch_sequences) if stream else SampleOrder(number, seq_len, seed)
         )
         self.seq_len = seq_len
-        self.batch_sequences = batch_sequences
-        self.micro_batch = micro_batch
         self.documents = documents
-        self.skip = skip
-        self.rank = rank
-        self.world = world
-
-    def batches(self, first_sample: int) -> Generator[list[Batch], None, None]:
-        """This rank's micro-batches of one optimizer step after another, without end; a thread works ahead.
-
-        first_sample: the data cursor, the first sample that no step before has passed.
-        """
-        return prefetch(self._steps(first_sample), STEPS_AHEAD)
-
-    def _steps(self, first_sample: int) -> Iterator[list[Batch]]:
-        while True:
-            yield self.step(first_sample)
-            first_sample = self.after(first_sample)
-
-    def step(self, first_sample: int) -> list[Batch]:
-        """This rank's micro-batches of the step that reads the samples from `first_sample` on."""
-        samples = self._samples(first_sample)
-        stride = self.world * self.micro_batch
-        firsts = range(self.rank * self.micro_batch, self.batch_sequences, stride)
-        return [self._batch(samples[first : first + self.micro_batch]) for first in firsts]
-
-    def after(self, first_sample: int) -> int:
-        """The data cursor after the step that reads from `first_sample` on."""
-        return int(self._samples(first_sample)[-1]) + 1
-
-    def _samples(self, first_sample: int) -> np.ndarray:
-        return readable(first_sample, self.batch_sequences, self.skip)
 
     def _batch(self, samples: np.ndarray) -> Batch:
         first_sample = int(samples[0])

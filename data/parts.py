@@ -90,7 +90,7 @@ def make_parts(
             for index, content in enumerate(_contents(text, tokenizer)):
                 found = _finished(folder, index, content)
                 if found is None:
-                    running[submit(folder, index, content)] = index
+                    running[submit(folder, index, content, text.lines_are_words)] = index
                     collect(2 * workers)
                 else:
                     parts[index] = found
@@ -129,13 +129,13 @@ def _contents(text: Split, tokenizer: Tokenizer) -> Iterator[list[Piece]]:
         yield content
 
 
-def _make(tokenizer: Tokenizer, folder: Path, index: int, content: list[Piece]) -> Part:
+def _make(tokenizer: Tokenizer, folder: Path, index: int, content: list[Piece], lines_are_words: bool) -> Part:
     """Tokenizes a part and writes it; its record comes last, and both appear complete or not at all."""
     path = folder / f"part-{index:05}.bin"
     temporary = folder / f"{path.name}.{os.getpid()}"
     try:
         with temporary.open("wb") as file:
-            record = _write(file, tokenizer, content)
+            record = _write(file, tokenizer, content, lines_are_words)
         temporary.rename(path)
         temporary.write_text(json.dumps([*record, sha256_json(record)]))
         temporary.rename(path.with_suffix(".json"))
@@ -144,12 +144,12 @@ def _make(tokenizer: Tokenizer, folder: Path, index: int, content: list[Piece]) 
     return Part(path, record[1])
 
 
-def _write(file: IO[bytes], tokenizer: Tokenizer, content: list[Piece]) -> tuple[str, list[Row]]:
+def _write(file: IO[bytes], tokenizer: Tokenizer, content: list[Piece], lines_are_words: bool) -> tuple[str, list[Row]]:
     """Writes the token ids; returns their sha256 and a row for each document."""
     dtype = token_dtype(tokenizer.vocab_size)
     digest, rows = hashlib.sha256(), []
     for document, group in itertools.groupby(content, lambda piece: piece.document):
-        texts, counter, num_tokens = [], WordCounter(), 0
+        texts, counter, num_tokens = [], WordCounter(lines_are_words), 0
         for piece in group:
             try:
                 ids = tokenizer.encode(piece.text)
@@ -190,7 +190,7 @@ def _finished(folder: Path, index: int, content: list[Piece]) -> Part | None:
 
 @contextmanager
 def _executor(workers: int, tokenizer: Tokenizer) -> Iterator[Callable[..., Future[Part]]]:
-    """A function that submits (folder, index, content) to this process or to others. These end with it."""
+    """A function that submits what `_make` takes after the tokenizer, here or to other processes. These end with it."""
     if not workers:
         yield lambda *task: _done(_make(tokenizer, *task))
         return
@@ -232,5 +232,5 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _work(folder: Path, index: int, content: list[Piece]) -> Part:
-    return _make(_tokenizer, folder, index, content)
+def _work(folder: Path, index: int, content: list[Piece], lines_are_words: bool) -> Part:
+    return _make(_tokenizer, folder, index, content, lines_are_words)

@@ -18,6 +18,7 @@ from data.corpus import CORPORA
 from data.dataset import TokenDataset
 from data.shards import dataset_folder
 from data.shards import prepare as prepare_split
+from data.tasks import TASKS
 from data.tokenizer import Tokenizer, tokenizer_hash
 from data.vocabulary import corpus_tokenizer
 from lmtrain.config import Config, load
@@ -77,6 +78,8 @@ def prepare(config: Config, workers: int | None = None, progress: Progress | Non
     once the parts that were begun are finished: the next call goes on from there. ValueError as
     `data.shards.prepare`.
     """
+    if config.data.corpus in TASKS:
+        raise ValueError(f"data.corpus: {config.data.corpus} is made as it is read, there is nothing to prepare")
     progress = progress or Progress(sys.stderr)
     workers = workers or len(os.sched_getaffinity(0))
     with _terminable():

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from data.corpus import DEFAULT_VALIDATION, Corpus, load_corpus
-from data.loader import Loader
+from data.corpus import CORPORA, DEFAULT_VALIDATION, Corpus, load_corpus
+from data.loader import Batches, Loader
 from data.order import StreamOrder, read_ranges
 from data.shards import TokenDataset, prepare
+from data.tasks import TASKS, TaskDataset, TaskLoader
 from data.tokenizer import Tokenizer
 from data.vocabulary import corpus_tokenizer
 from lmtrain import checkpoint
@@ -24,8 +25,8 @@ from parallel.engine import Engine, TorchEngine
 from parallel.world import ALONE, World, launched
 
 FREE_TO_CHANGE = (
-    "run.dir", "data.path", "data.cache", "data.skip", "train.threads", "train.micro_batch", "log", "eval",
-    "checkpoint", "parallel",
+    "run.dir", "data.path", "data.streaming", "data.cache", "data.skip", "train.threads", "train.micro_batch", "log",
+    "eval", "checkpoint", "parallel",
 )  # fmt: skip
 """Settings that a run may be resumed with at another value: what is learnt does not depend on them, but for rounding
 (that the data are the same is checked by their fingerprint); and data.skip, which is there to be changed."""
@@ -33,11 +34,12 @@ FREE_TO_CHANGE = (
 
 @dataclass(frozen=True)
 class Data:
-    """The tokens of a run and the tokenizer that made them."""
+    """The tokens of a run, of a text or of a synthetic task, and the tokenizer that made them."""
 
     tokenizer: Tokenizer
-    train: TokenDataset
-    validation: TokenDataset
+    train: TokenDataset | TaskDataset
+    validation: TokenDataset | TaskDataset
+    notes: tuple[str, ...] = ()
 
 
 def run_folder(config: Config) -> Path:
@@ -48,15 +50,13 @@ def run_folder(config: Config) -> Path:
 
 def build_data(config: Config) -> Data:
     """Read and tokenize what the configuration names, or take it from the cache. ValueError if it cannot be."""
+    if config.data.corpus in TASKS:
+        train = TaskDataset(config.task, "train", config.data.seq_len, config.run.seed)
+        return Data(train.tokenizer, train, TaskDataset(config.task, "validation", config.data.seq_len))
     corpus = read_corpus(config)
     tokenizer = corpus_tokenizer(config.data.tokenizer, corpus, config.data.vocab_size, config.data.cache)
-    train, validation = (prepare(corpus, split, tokenizer, config.data.cache) for split in ("train", "validation"))
-    return Data(tokenizer, train, validation)
-
-
-def read_corpus(config: Config) -> Corpus:
-    """The corpus that the configuration names."""
-    return load_corpus(config.data.corpus, config.data.path, config.data.validation, config.data.alphabet)
+    text, held_out = (prepare(corpus, split, tokenizer, config.data.cache) for split in ("train", "validation"))
+    return Data(tokenizer, text, held_out, corpus.notes)
 
 
 def read_split(config: Config, tokenizer: Tokenizer, on: str | None, path: str | None) -> TokenDataset:
@@ -65,10 +65,34 @@ def read_split(config: Config, tokenizer: Tokenizer, on: str | None, path: str |
     path: the file of that corpus, by default the run's own if the corpus is. ValueError if it cannot be read.
     """
     name, _, split = (on or config.data.corpus).partition(":")
-    own = name == config.data.corpus and path is None
-    path, validation = (config.data.path, config.data.validation) if own else (path, DEFAULT_VALIDATION)
-    corpus = load_corpus(name, path, validation, config.data.alphabet)
-    return prepare(corpus, split or "validation", tokenizer, config.data.cache)
+    return prepare(read_corpus(config, name, path), split or "validation", tokenizer, config.data.cache)
+
+
+def read_corpus(config: Config, name: str | None = None, path: str | None = None) -> Corpus:
+    """The corpus of the configuration; or another one by name, or the same in other files, with a share to validate."""
+    name = name or config.data.corpus
+    own = CORPORA[name].settings if name == config.data.corpus else ()
+    settings = {setting: getattr(config.data, setting) for setting in own}
+    if path is not None:
+        settings |= {"path": path, "validation": DEFAULT_VALIDATION}
+    return load_corpus(name, **settings, cache=config.data.cache)
+
+
+def read_task(config: Config, tokenizer: Tokenizer, on: str | None) -> TaskDataset | None:
+    """The task to score, `task[:split]`, else the run's own validation split; None if that is a text.
+
+    The run's own task has the run's settings, another one its defaults. ValueError for a split that tasks do not have,
+    or if the model reads other tokens than those of the task.
+    """
+    name, _, split = (on or config.data.corpus).partition(":")
+    if name not in TASKS:
+        return None
+    task = config.task if name == config.data.corpus else TASKS[name]()
+    if task.tokenizer.name != tokenizer.name:
+        raise ValueError(f"--on {name}: its tokens are {task.tokenizer.name}, those of this model {tokenizer.name}")
+    if task.vocab_size > tokenizer.vocab_size:
+        raise ValueError(f"--on {name}: has {task.vocab_size} tokens, the model knows {tokenizer.vocab_size}")
+    return TaskDataset(task, split or "validation", config.data.seq_len)
 
 
 def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
@@ -107,19 +131,24 @@ def build_engine(config: Config, model: DecoderLM, device: torch.device, world: 
     )
 
 
-def make_loader(config: Config, dataset: TokenDataset, world: World = ALONE) -> Loader:
+def make_loader(config: Config, dataset: TokenDataset | TaskDataset, world: World = ALONE) -> Batches:
     """This rank's batches of `dataset` in the order that run.seed gives them."""
+    share: dict[str, Any] = {
+        "batch_sequences": config.batch_sequences,
+        "micro_batch": config.micro_batch(world.data_size),
+        "skip": read_ranges(config.data.skip),
+        "rank": world.data_rank,
+        "world": world.data_size,
+    }
+    if isinstance(dataset, TaskDataset):
+        return TaskLoader(dataset, **share)
     return Loader(
         dataset,
         seq_len=config.data.seq_len,
-        batch_sequences=config.batch_sequences,
-        micro_batch=config.micro_batch(world.data_size),
         seed=config.run.seed,
         documents=config.data.documents,
         stream=config.data.stream,
-        skip=read_ranges(config.data.skip),
-        rank=world.data_rank,
-        world=world.data_size,
+        **share,
     )
 
 
@@ -133,10 +162,14 @@ def checkpoint_bytes(config: Config) -> int:
 
 def check_data(config: Config) -> list[Problem]:
     """Whatever is wrong with the text: missing, empty, too short, of more symbols than the model has."""
+    if config.data.corpus in TASKS:
+        return []  # rules of the configuration know all about them
     try:
         data = build_data(config)
     except ValueError as error:
         return [_problem(error, "data.path")]
+    assert isinstance(data.train, TokenDataset)
+    assert isinstance(data.validation, TokenDataset)
     found = []
     shortest = {"train": (data.train, config.data.seq_len + 1), "validation": (data.validation, 2)}
     for split, (dataset, least) in shortest.items():

@@ -95,6 +95,8 @@ def test_mistakes_exit_with_2(order: list[str], tmp_path: Path, capsys: pytest.C
     assert "only the tokenizer bpe is made of a size that can be chosen" in capsys.readouterr().err
     assert main([*order, "data.tokenizer=gone/tokenizer.json"]) == 2
     assert "data.tokenizer: 'gone/tokenizer.json' is no file" in capsys.readouterr().err
+    assert main(["prepare", "recall/mqar"]) == 2
+    assert "mqar is made as it is read, there is nothing to prepare" in capsys.readouterr().err
     (tmp_path / "texts" / "03.txt").write_bytes(b"abc \xff")
     assert main([*order, "data.tokenizer=bpe"]) == 2
     assert "03.txt, byte 4: not UTF-8" in capsys.readouterr().err
