@@ -78,7 +78,7 @@ class BpeTokenizer:
     def encode(self, text: bytes) -> np.ndarray:
         decode_utf8(text)
         parts = [part.decode() for part in self._parts(text)]
-        encoded = self._library.encode_batch_fast(parts, add_special_tokens=False)
+        encoded = self.library.encode_batch_fast(parts, add_special_tokens=False)
         dtype = token_dtype(self.vocab_size)
         ids = np.concatenate([np.zeros(0, dtype), *(np.array(each.ids, dtype=dtype) for each in encoded)])
         if self.token_bytes[ids].sum() != len(text):
@@ -137,7 +137,8 @@ class BpeTokenizer:
             yield text[start:]
 
     @cached_property
-    def _library(self) -> Any:
+    def library(self) -> Any:
+        """The `tokenizers.Tokenizer` that encodes."""
         from tokenizers import Tokenizer
 
         try:
