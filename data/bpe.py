@@ -215,11 +215,17 @@ def _of_file(fields: Any) -> BpeTokenizer:
     wrong = _file_problems(fields, model)
     if wrong:
         raise ValueError("; ".join(wrong))
-    tokens = sorted(vocab, key=vocab.__getitem__)
+    pre_tokenizer = fields["pre_tokenizer"]
+    if {
+        **PRE_TOKENIZER,
+        **pre_tokenizer,
+        "trim_offsets": True,
+    } == PRE_TOKENIZER and "add_prefix_space" in pre_tokenizer:
+        pre_tokenizer = PRE_TOKENIZER  # offsets are not asked for
     return BpeTokenizer(
-        tokens,
+        sorted(vocab, key=vocab.__getitem__),
         [pair.split(" ") if isinstance(pair, str) else pair for pair in merges],
-        fields["pre_tokenizer"],
+        pre_tokenizer,
         bool(model.get("ignore_merges", False)),
     )
 

@@ -167,6 +167,14 @@ def test_special_tokens_stand_for_no_text(bpe: BpeTokenizer, tmp_path: Path) -> 
     assert tokenizer_hash(tokenizer) == tokenizer_hash(bpe)
 
 
+def test_what_changes_no_token_does_not_change_the_identity(bpe: BpeTokenizer, tmp_path: Path) -> None:
+    older = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
+    assert tokenizer_hash(read(file_of(bpe, tmp_path, "pre_tokenizer", value=older))) == tokenizer_hash(bpe)
+    pairs = [" ".join(pair) for pair in bpe.merges]
+    assert tokenizer_hash(read(file_of(bpe, tmp_path, "model", "merges", value=pairs))) == tokenizer_hash(bpe)
+    assert tokenizer_hash(read(file_of(bpe, tmp_path, "model", "merges", value=bpe.merges[:-1]))) != tokenizer_hash(bpe)
+
+
 @pytest.mark.parametrize(
     ("keys", "value", "message"),
     [

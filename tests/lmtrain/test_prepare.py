@@ -11,7 +11,10 @@ import pytest
 import data.parts
 import lmtrain.prepare
 from launch.cli import main
+from lmtrain.config import ConfigError
 from lmtrain.setup import build_data
+from lmtrain.train import DONE, train
+from tests.lmtrain import tiny
 
 TEXT = b"".join(b"line %d of a text that is long enough\n" % index for index in range(3000))
 
@@ -100,6 +103,22 @@ def test_mistakes_exit_with_2(order: list[str], tmp_path: Path, capsys: pytest.C
     (tmp_path / "texts" / "03.txt").write_bytes(b"abc \xff")
     assert main([*order, "data.tokenizer=bpe"]) == 2
     assert "03.txt, byte 4: not UTF-8" in capsys.readouterr().err
+
+
+def test_a_run_on_byte_pairs_from_training_to_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = ["data.tokenizer=bpe", "data.vocab_size=280", "train.steps=2", "eval.every=2", "checkpoint.every=2"]
+    assert train(tiny.config(tmp_path, *tokenizer)) == DONE
+    run = tmp_path / "run"
+    assert main(["eval", str(run), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    held_out = build_data(tiny.config(tmp_path, *tokenizer)).validation
+    assert said["fingerprint"] == held_out.fingerprint
+    assert said["scored_tokens"] == len(held_out.tokens) - 1
+    assert said["bytes"] == held_out.bytes - len(held_out.tokenizer.decode(held_out.tokens[:1]))
+    assert main(["generate", str(run), "--prompt", "naïve", "--length", "20", "--temperature", "0"]) == 0
+    assert capsys.readouterr().out.startswith("naïve")
+    with pytest.raises(ConfigError, match=r"data\.tokenizer=bytes: was 'bpe' when this run began"):
+        tiny.config(tmp_path, "train.steps=2", "data.tokenizer=bytes", *tokenizer[2:])
 
 
 def test_every_known_name_is_a_configuration_or_a_corpus(capsys: pytest.CaptureFixture[str]) -> None:
