@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from data.tokenizer import EncodingError, Text, checked_ids, decode_utf8, pieces, token_dtype
+from data.document import Split
+from data.tokenizer import EncodingError, checked_ids, decode_utf8, pieces, token_dtype
 
 SAMPLE_BYTES = 100_000_000  # of the training text that a vocabulary is made from
 AT_ONCE = 1 << 16  # bytes of a text that the library encodes in one go
@@ -77,7 +78,7 @@ class BpeTokenizer:
     def encode(self, text: bytes) -> np.ndarray:
         decode_utf8(text)
         parts = [part.decode() for part in self._parts(text)]
-        encoded = self._library.encode_batch_fast(parts, add_special_tokens=False)
+        encoded = self.library.encode_batch_fast(parts, add_special_tokens=False)
         dtype = token_dtype(self.vocab_size)
         ids = np.concatenate([np.zeros(0, dtype), *(np.array(each.ids, dtype=dtype) for each in encoded)])
         if self.token_bytes[ids].sum() != len(text):
@@ -136,7 +137,8 @@ class BpeTokenizer:
             yield text[start:]
 
     @cached_property
-    def _library(self) -> Any:
+    def library(self) -> Any:
+        """The `tokenizers.Tokenizer` that encodes."""
         from tokenizers import Tokenizer
 
         try:
@@ -145,7 +147,7 @@ class BpeTokenizer:
             raise ValueError(str(error)) from error
 
 
-def train(text: Text, vocab_size: int) -> BpeTokenizer:
+def train(text: Split, vocab_size: int) -> BpeTokenizer:
     """A vocabulary of `vocab_size` tokens (fewer if the text has no more) of a sample of the text, spread over it.
 
     The sample is a function of the text alone, and so is the result. ValueError names file and byte of what is not
@@ -177,17 +179,20 @@ def read(path: Path) -> BpeTokenizer:
         raise ValueError(f"data.tokenizer: {path}: cannot be used: {error}") from error
 
 
-def _sample(text: Text) -> Iterator[str]:
+def _sample(text: Split) -> Iterator[str]:
     """Pieces of the text, about `SAMPLE_BYTES` in all, at even distances."""
     seen = kept = 0
-    for piece in pieces(text, last_word_end):
-        if kept * text.num_bytes <= SAMPLE_BYTES * seen:
-            kept += len(piece)
-            try:
-                yield decode_utf8(piece)
-            except EncodingError as error:
-                raise ValueError(f"{text.locate(seen + error.offset)}: {error.reason}") from None
-        seen += len(piece)
+    for document in text.documents:
+        offset = 0
+        for piece in pieces(document, last_word_end):
+            if kept * text.num_bytes <= SAMPLE_BYTES * seen:
+                kept += len(piece)
+                try:
+                    yield decode_utf8(piece)
+                except EncodingError as error:
+                    raise ValueError(f"{document.locate(offset + error.offset)}: {error.reason}") from None
+            offset += len(piece)
+            seen += len(piece)
 
 
 def last_word_end(text: bytes) -> int:
@@ -210,11 +215,17 @@ def _of_file(fields: Any) -> BpeTokenizer:
     wrong = _file_problems(fields, model)
     if wrong:
         raise ValueError("; ".join(wrong))
-    tokens = sorted(vocab, key=vocab.__getitem__)
+    pre_tokenizer = fields["pre_tokenizer"]
+    if {
+        **PRE_TOKENIZER,
+        **pre_tokenizer,
+        "trim_offsets": True,
+    } == PRE_TOKENIZER and "add_prefix_space" in pre_tokenizer:
+        pre_tokenizer = PRE_TOKENIZER  # offsets are not asked for
     return BpeTokenizer(
-        tokens,
+        sorted(vocab, key=vocab.__getitem__),
         [pair.split(" ") if isinstance(pair, str) else pair for pair in merges],
-        fields["pre_tokenizer"],
+        pre_tokenizer,
         bool(model.get("ignore_merges", False)),
     )
 

@@ -71,6 +71,7 @@ def make_parts(
     cannot encode.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    workers = workers if text.num_bytes > PART_BYTES else 0  # one part is not shared
     parts: dict[int, Part] = {}
     running: dict[Future[Part], int] = {}
     done, total = 0, text.num_bytes

@@ -9,12 +9,12 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
+from data.document import Split
+
 
 class Text(Protocol):
     """What a tokenizer reads: a document, or a whole split."""
 
-    @property
-    def num_bytes(self) -> int: ...
     def chunks(self) -> Iterator[bytes]: ...
     def locate(self, offset: int) -> str: ...
 
@@ -185,24 +185,21 @@ class NumberTokenizer:
 NAMES = ("bytes", "characters", "bpe")
 
 
-def build_tokenizer(
-    name: str, training_text: Text, vocab_size: int = 32_000, train_bpe: Callable[[Text, int], Tokenizer] | None = None
-) -> Tokenizer:
-    """The tokenizer of that name, made from the training text (a `Split`) if it depends on one; or that of a file.
+def build_tokenizer(name: str, training_text: Split | None, vocab_size: int = 32_000) -> Tokenizer:
+    """The tokenizer of that name, made from the training text if it depends on one; or that of a file.
 
-    vocab_size: tokens of `bpe`. train_bpe: (text, vocab_size) -> tokenizer, for who keeps what was trained before.
+    vocab_size: tokens of `bpe`.
     """
-    if name == "bytes":
-        return ByteTokenizer()
-    if name == "characters":
-        return CharacterTokenizer.train(training_text)
     from data import bpe  # it needs this module
 
-    if name == "bpe":
-        return (train_bpe or bpe.train)(training_text, vocab_size)
-    if Path(name).expanduser().is_file():
-        return bpe.read(Path(name).expanduser())
-    raise ValueError(f"data.tokenizer: {name!r} is no file, nor one of {', '.join(NAMES)}")
+    if name == "bytes":
+        return ByteTokenizer()
+    if name in NAMES:
+        assert training_text is not None
+        return CharacterTokenizer.train(training_text) if name == "characters" else bpe.train(training_text, vocab_size)
+    if not Path(name).expanduser().is_file():
+        raise ValueError(f"data.tokenizer: {name!r} is no file, nor one of {', '.join(NAMES)}")
+    return bpe.read(Path(name).expanduser())
 
 
 def from_json(fields: dict[str, Any]) -> Tokenizer:
@@ -225,12 +222,11 @@ def pieces(text: Text, last_cut: Callable[[bytes], int]) -> Iterator[bytes]:
     """The text in pieces that begin and end where `last_cut` allows it, of about a chunk's size where it does."""
     held: list[bytes] = []
     for chunk in text.chunks():
-        cut = last_cut(chunk)
-        if cut:
-            yield b"".join([*held, chunk[:cut]])
-            held = []
-        if cut < len(chunk):
-            held.append(chunk[cut:])
+        if held and (cut := last_cut(held[-1])):
+            *before, last = held
+            yield b"".join([*before, last[:cut]])
+            held = [last[cut:]] if cut < len(last) else []
+        held.append(chunk)
     if held:
         yield b"".join(held)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from data.corpus import CORPORA, DEFAULT_VALIDATION, Corpus, load_corpus
 from data.document import Split
 from data.loader import Batches, Loader
 from data.mixture import MIXTURE, Mixture, mix_datasets
-from data.order import StreamOrder
+from data.order import StreamOrder, read_ranges
 from data.shards import TokenDataset, prepare
 from data.tasks import TASKS, TaskDataset, TaskLoader
-from data.tokenizer import Tokenizer, build_tokenizer
+from data.tokenizer import Tokenizer
+from data.vocabulary import corpus_tokenizer
 from lmtrain import checkpoint
 from lmtrain.config import Config, OptimizerConfig, differences, reload
 from lmtrain.config.mixture import ingredients
@@ -27,11 +29,11 @@ from parallel.engine import Engine, TorchEngine
 from parallel.world import ALONE, World, launched
 
 FREE_TO_CHANGE = (
-    "run.dir", "data.path", "data.streaming", "data.cache", "train.threads", "train.micro_batch", "log", "eval",
-    "checkpoint", "parallel",
+    "run.dir", "data.path", "data.streaming", "data.cache", "data.skip", "train.threads", "train.micro_batch", "log",
+    "eval", "checkpoint", "parallel",
 )  # fmt: skip
 """Settings that a run may be resumed with at another value: what is learnt does not depend on them, but for rounding
-(that the data are the same is checked by their fingerprint)."""
+(that the data are the same is checked by their fingerprint); and data.skip, which is there to be changed."""
 
 
 @dataclass(frozen=True)
@@ -58,28 +60,30 @@ def build_data(config: Config) -> Data:
     if config.data.corpus in TASKS:
         train = TaskDataset(config.task, "train", config.data.seq_len, config.run.seed)
         return Data(train.tokenizer, train, (TaskDataset(config.task, "validation", config.data.seq_len),))
-    if config.data.corpus == MIXTURE:
-        return _build_mixture(config)
-    corpus = read_corpus(config)
-    tokenizer = build_tokenizer(config.data.tokenizer, corpus.split("train"))
-    text, held_out = (prepare(corpus, split, tokenizer, config.data.cache) for split in ("train", "validation"))
-    return Data(tokenizer, text, (held_out,), corpus.notes)
-
-
-def _build_mixture(config: Config) -> Data:
-    """The texts of a mixture: one training text with the tokenizer of all, a validation text of each."""
-    texts = ingredients(config.data.mixture)
-    corpora = {name: _read_text(config, name) for name in texts}
-    together = Split(tuple(document for corpus in corpora.values() for document in corpus.split("train").documents))
-    tokenizer = build_tokenizer(config.data.tokenizer, together)
+    corpora, tokenizer = read_texts(config)
     parts, held_out = (
         [prepare(corpus, split, tokenizer, config.data.cache) for corpus in corpora.values()]
         for split in ("train", "validation")
     )
-    called = (name if name == text.corpus else f"{name} ({corpora[name].name})" for name, text in texts.items())
+    notes = tuple(note for corpus in corpora.values() for note in corpus.notes)
+    if config.data.corpus != MIXTURE:
+        return Data(tokenizer, *parts, tuple(held_out), notes)
+    weights = [text.weight for text in ingredients(config.data.mixture).values()]
+    called = [name if corpus.name == name else f"{name} ({corpus.name})" for name, corpus in corpora.items()]
     validation = tuple(replace(dataset, corpus=name) for name, dataset in zip(called, held_out, strict=True))
-    notes = (f"{name}: {note}" for name, corpus in corpora.items() for note in corpus.notes)
-    return Data(tokenizer, mix_datasets(parts, [text.weight for text in texts.values()]), validation, tuple(notes))
+    return Data(tokenizer, mix_datasets(parts, weights), validation, notes)
+
+
+def read_texts(config: Config) -> tuple[dict[str, Corpus], Tokenizer]:
+    """The text that trains, or those of the mixture, by name; and the tokenizer of all. ValueError as `build_data`."""
+    if config.data.corpus == MIXTURE:
+        corpora = {name: _read_text(config, name) for name in ingredients(config.data.mixture)}
+        documents = (corpus.split("train").documents for corpus in corpora.values())
+        training = Corpus(MIXTURE, {"train": Split(tuple(chain.from_iterable(documents)))})
+    else:
+        training = read_corpus(config)
+        corpora = {config.data.corpus: training}
+    return corpora, corpus_tokenizer(config.data.tokenizer, training, config.data.vocab_size, config.data.cache)
 
 
 def _read_text(config: Config, name: str) -> Corpus:
@@ -168,9 +172,10 @@ def build_engine(config: Config, model: DecoderLM, device: torch.device, world: 
 
 def make_loader(config: Config, dataset: TokenDataset | TaskDataset, world: World = ALONE) -> Batches:
     """This rank's batches of `dataset` in the order that run.seed gives them."""
-    share: dict[str, int] = {
+    share: dict[str, Any] = {
         "batch_sequences": config.batch_sequences,
         "micro_batch": config.micro_batch(world.data_size),
+        "skip": read_ranges(config.data.skip),
         "rank": world.data_rank,
         "world": world.data_size,
     }

@@ -206,7 +206,7 @@ class Training:
             info = self.engine.step(learning_rate(self.step, self.config.train.steps, self.config.optimizer))
             mixers = watch.read(statistics or {})
         self.step += 1
-        self.samples += self.config.batch_sequences
+        self.samples = self.loader.after(self.samples)
         self.tokens += self.config.train.batch_tokens
         self.skips_in_a_row = self.skips_in_a_row + 1 if info.skipped else 0
         self.skipped += info.skipped

@@ -40,8 +40,11 @@ class TaskDataset:
 
     def examples(self, first: int, count: int) -> Examples:
         """The examples first..first+count-1."""
-        keys = example_keys(self.seed, self.split, np.arange(first, first + count))
-        return self.task.examples(Draws(keys), self.length)
+        return self.at(np.arange(first, first + count))
+
+    def at(self, indices: np.ndarray) -> Examples:
+        """The examples of these indices [S]."""
+        return self.task.examples(Draws(example_keys(self.seed, self.split, indices)), self.length)
 
     @property
     def corpus(self) -> str:
@@ -68,13 +71,12 @@ class TaskDataset:
 class TaskLoader(Batches):
     """Batches of the examples of a task: sample s is example s, so none is read twice."""
 
-    def __init__(
-        self, dataset: TaskDataset, *, batch_sequences: int, micro_batch: int, rank: int = 0, world: int = 1
-    ) -> None:
-        super().__init__(batch_sequences=batch_sequences, micro_batch=micro_batch, rank=rank, world=world)
+    def __init__(self, dataset: TaskDataset, **share: Any) -> None:
+        """share: as of `Batches`."""
+        super().__init__(**share)
         self.dataset = dataset
 
-    def _batch(self, first_sample: int) -> Batch:
-        tokens, labels = self.dataset.examples(first_sample, self.micro_batch)
+    def _batch(self, samples: np.ndarray) -> Batch:
+        tokens, labels = self.dataset.at(samples)
         crc = sum(zlib.crc32(row) for row in np.hstack([tokens, labels]).astype("<i4")) % 2**32
-        return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), None, None, first_sample, True, crc)
+        return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), None, None, int(samples[0]), True, crc)

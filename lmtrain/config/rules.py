@@ -11,7 +11,9 @@ from attention.divisors import nearest_divisors
 from attention.mixer import MIXERS, nearest
 from data.corpus import readers_of, reads
 from data.mixture import MIXTURE
+from data.order import read_ranges
 from data.tasks import TASKS
+from data.tokenizer import NAMES
 from lmtrain.config.mixture import ingredients
 from lmtrain.config.problems import Problem
 from lmtrain.config.schema import Config
@@ -76,6 +78,12 @@ EFFECTS = [
             "eval.context": "the examples of a synthetic task are scored whole",
             "eval.stride": "the examples of a synthetic task are scored whole",
         }.items()
+    ),
+    Effect(
+        "data.vocab_size",
+        "data.tokenizer",
+        lambda c: c.data.tokenizer == "bpe",
+        "only the tokenizer bpe is made of a size that can be chosen",
     ),
     *(
         Effect(key, "parallel.engine", lambda c: c.parallel.engine == "deepspeed", "only deepspeed knows it")
@@ -191,6 +199,25 @@ def _vocabulary_is_held(config: Config, ranks: int) -> str | None:
         return None
     whose = config.data.corpus if config.data.corpus in TASKS else "the tokenizer bytes"
     return f"less than the {known} tokens of {whose}"
+
+
+@rule("data.skip", "data.stream")
+def _skip_is_ranges(config: Config, ranks: int) -> str | None:
+    if config.data.skip is not None and config.data.stream:
+        return "the rows of data.stream read on, they leave nothing out: set it to null"
+    try:
+        read_ranges(config.data.skip)
+    except ValueError as error:
+        return str(error).removeprefix("data.skip: ")
+    return None
+
+
+@rule("data.tokenizer")
+def _tokenizer_is_known(config: Config, ranks: int) -> str | None:
+    name = config.data.tokenizer
+    if name in NAMES or "/" in name or name.endswith(".json"):
+        return None
+    return f"must be {', '.join(NAMES)} or the path of a tokenizer.json{nearest(name, list(NAMES))}"
 
 
 @rule("optimizer.decay", "optimizer.warmup", "optimizer.schedule")

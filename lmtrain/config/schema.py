@@ -89,7 +89,12 @@ class DataConfig:
     split: str = setting(DEFAULT_SPLIT, "of a dataset of the hub, the split that trains")
     revision: str | None = setting(None, "of a dataset of the hub: branch, tag or commit; null = the newest")
     streaming: bool = setting(False, "read a dataset of the hub while it arrives, without a copy of its files")
-    tokenizer: Literal["bytes", "characters"] = setting("bytes", "`bytes`, or the `characters` of the training text")
+    tokenizer: str = setting(
+        "bytes",
+        "`bytes`; the `characters` of the training text; `bpe`: pairs of bytes, learnt from it; or the path of a "
+        "tokenizer.json",
+    )
+    vocab_size: int = setting(32000, "tokens of the tokenizer bpe", at_least=257, at_most=1 << 20)
     seq_len: int = setting(1024, "tokens of a training sequence", at_least=1)
     documents: Literal["concatenate", "reset"] = setting(
         "concatenate", "`reset`: documents packed into one sequence do not see each other"
@@ -98,6 +103,10 @@ class DataConfig:
         False,
         "each row of a batch is one continuous text, read in segments of seq_len tokens; what the mixers remember is "
         "carried along",
+    )
+    skip: str | None = setting(
+        None,
+        "samples that are never read, say after a spike of the loss: `1000:1100, 5000:5200`, without the last ones",
     )
     carry: int | None = setting(
         None, "carried along, no key lives for more tokens than that; null = 4 x seq_len", at_least=1

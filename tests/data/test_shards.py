@@ -140,7 +140,8 @@ KILLED = """
 def test_a_killed_process_leaves_no_dataset_and_its_rest_is_removed(corpus: Corpus, cache: Path, moment: str) -> None:
     texts = corpus.split("all").documents[0].path.parent
     assert run(KILLED, texts, cache, moment).returncode == -signal.SIGKILL
-    assert {path.suffix.split("-")[0] for path in datasets(cache)} == {".tmp", ".parts"}
+    assert all(".tmp-" in path.name or path.name.endswith(".parts") for path in datasets(cache))
+    assert len(datasets(cache)) == 2
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # an unfinished dataset is no damaged one
         dataset = prepare(load_corpus("text", str(texts)), "all", ByteTokenizer(), cache)
@@ -208,10 +209,12 @@ def test_an_unwritable_cache_is_explained(corpus: Corpus, tmp_path: Path) -> Non
 
 FULL = """
     import resource, sys
+    import data.document, data.parts
     from data.corpus import load_corpus
     from data.shards import prepare
     from data.tokenizer import ByteTokenizer
-    texts, cache = sys.argv[1:]
+    texts, cache, part_bytes = sys.argv[1:]
+    data.document.CHUNK = data.parts.PART_BYTES = int(part_bytes)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
     try:
         prepare(load_corpus("text", texts), "all", ByteTokenizer(), cache)
@@ -223,10 +226,21 @@ FULL = """
 def test_a_full_disk_is_explained_and_leaves_nothing(tmp_path: Path, cache: Path) -> None:
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] in (resource.RLIM_INFINITY, -1)
     (tmp_path / "text.txt").write_bytes(b"x" * 5000)
-    result = run(FULL, tmp_path / "text.txt", cache)
+    result = run(FULL, tmp_path / "text.txt", cache, 5000)
     assert "data.cache: cannot write up to 10,000 bytes into" in result.stdout, result.stderr
     assert "File too large" in result.stdout
     assert datasets(cache) == []
+
+
+def test_what_was_finished_before_the_disk_was_full_is_kept(tmp_path: Path, cache: Path) -> None:
+    (tmp_path / "text.txt").write_bytes(b"x" * 5000)
+    result = run(FULL, tmp_path / "text.txt", cache, 400)  # the parts fit, all together do not
+    (parts,) = datasets(cache)
+    assert f"(the part that is finished waits in {parts})" in result.stdout, result.stderr
+    assert len(list(parts.glob("part-*.json"))) > 4
+    dataset = prepare(load_corpus("text", str(tmp_path / "text.txt")), "all", ByteTokenizer(), cache)
+    assert bytes(dataset.tokens) == b"x" * 5000
+    assert not parts.exists()
 
 
 def test_a_read_only_cache_serves_what_is_in_it(corpus: Corpus, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """A run on a mixture: the configuration says which texts, training reads all, each is validated by itself."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ import pytest
 
 from lmtrain.config import Config, ConfigError, load
 from lmtrain.config.mixture import ingredients
+from lmtrain.prepare import prepare
+from lmtrain.progress import Progress
 from lmtrain.setup import build_data, check_data, make_loader, read_split
 from lmtrain.train import train
 
@@ -61,6 +64,16 @@ def test_one_text_is_scored_by_its_name(tmp_path: Path, mixture: str) -> None:
     assert np.array_equal(scored.tokens, data.validation[1].tokens)
     with pytest.raises(ValueError, match=r"a mixture is no text, name one of its own: one, two"):
         read_split(config, data.tokenizer, None, None)
+
+
+def test_the_texts_are_prepared_with_the_tokenizer_of_all(tmp_path: Path, mixture: str) -> None:
+    config = configured(tmp_path, mixture, "data.tokenizer=characters")
+    prepared = prepare(config, workers=1, progress=Progress(io.StringIO()))
+    assert list(prepared.splits) == [f"{text}:{split}" for text in ("one", "two") for split in ("train", "validation")]
+    characters = set("lower case UPPER CASE 0123456789")
+    assert prepared.tokenizer.vocab_size == len(characters)
+    data = build_data(config)
+    assert prepared.splits["two:validation"][1].fingerprint == data.validation[1].fingerprint
 
 
 def test_a_short_form_and_settings_as_they_are_written() -> None:

@@ -119,6 +119,13 @@ RULES = [
     (["eval.context=64", "eval.stride=65"], "eval.stride=65: more than the context of 64"),
     (["model.learned_positions=500"], "the position table is shorter than data.seq_len 512"),
     (["model.learned_positions=512", "eval.context=513"], "shorter than eval.context 513"),
+    (["data.skip=5:3"], "data.skip=5:3: '5:3' must be two samples first:last, first < last"),
+    (["data.skip=0:5", "data.stream=true"], "data.skip=0:5: the rows of data.stream read on"),
+    (
+        ["data.tokenizer=byte"],
+        "data.tokenizer=byte: must be bytes, characters, bpe or the path of a tokenizer.json; did",
+    ),
+    (["data.vocab_size=300"], "only the tokenizer bpe is made of a size that can be chosen"),
     (["model.vocab_size=255"], "model.vocab_size=255: less than the 256 tokens of the tokenizer bytes"),
     (["optimizer.schedule=wsd", "optimizer.decay=0.7", "optimizer.warmup=0.5"], "more than all steps"),
     (["optimizer.decay=0.2"], "optimizer.decay=0.2: has no effect with optimizer.schedule cosine"),
