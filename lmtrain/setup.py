@@ -67,7 +67,7 @@ def build_data(config: Config) -> Data:
     )
     notes = tuple(note for corpus in corpora.values() for note in corpus.notes)
     if config.data.corpus != MIXTURE:
-        return Data(tokenizer, *parts, tuple(held_out), notes)
+        return Data(tokenizer, parts[0], tuple(held_out), notes)
     weights = [text.weight for text in ingredients(config.data.mixture).values()]
     called = [name if corpus.name == name else f"{name} ({corpus.name})" for name, corpus in corpora.items()]
     validation = tuple(replace(dataset, corpus=name) for name, dataset in zip(called, held_out, strict=True))
