@@ -113,14 +113,17 @@ def _fail_at(step: int) -> Any:
     return fail
 
 
-def work(world: World, folder: Path) -> int:
-    path, words = folder / "small.yaml", [f"run.dir={folder}/two", "train.micro_batch=1"]
-    return train(load(path, words, ranks=world.size), world=world)
+def work(world: World, folder: Path, words: list[str]) -> int:
+    words = [f"run.dir={folder}/two", *words]
+    return train(load(folder / "small.yaml", words, ranks=world.size), world=world)
 
 
-def test_two_ranks_read_and_answer_what_one_process_does(run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("sequence", "words"), [(1, ["train.micro_batch=1"]), (2, ["parallel.sequence=2"])])
+def test_two_ranks_read_and_answer_what_one_process_does(
+    run: Path, tmp_path: Path, sequence: int, words: list[str]
+) -> None:
     settings(tmp_path)
-    assert run_ranks(2, work, tmp_path) == [DONE] * 2
+    assert run_ranks(2, work, tmp_path, words, sequence=sequence) == [DONE] * 2
     rows, expected = read_metrics(tmp_path / "two"), read_metrics(run)
     assert [row.get("batch") for row in rows] == [row.get("batch") for row in expected]
     for row, wanted in zip(rows, expected, strict=True):
