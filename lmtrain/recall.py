@@ -68,7 +68,7 @@ class Recall:
     def to_json(self, checkpoint: Path | str | None = None, step: int | None = None) -> dict[str, Any]:
         """The row of `eval --json`; `grid`: each cell, if there are several."""
         total = self.total
-        row = {
+        row: dict[str, Any] = {
             "corpus": self.corpus,
             "task": self.dataset.task.name,
             "settings": self.dataset.settings,
@@ -86,9 +86,7 @@ class Recall:
             row["grid"] = [
                 {"length": cell.dataset.length, **self.variant(cell), **_numbers(cell)} for cell in self.cells
             ]
-        return {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
-        }
+        return row
 
 
 def evaluate_recall(
