@@ -34,8 +34,8 @@ PREFIXES = 1024
 class Accuracy:
     """What became of the examples of a task. nats: sum of -ln p over the labels.
 
-    standard_error: of the accuracy, NaN for a single example. one_pass: of a model that selects ahead, the accuracy that
-    one pass over the whole examples claims.
+    standard_error: of the accuracy, NaN for a single example. one_pass: of a model that selects ahead, the accuracy
+    that one pass over the whole examples claims.
     """
 
     dataset: TaskDataset
