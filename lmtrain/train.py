@@ -25,7 +25,7 @@ from lmtrain import config as configuration
 from lmtrain.board import Board
 from lmtrain.config import Config
 from lmtrain.evaluate import EvaluationStopped
-from lmtrain.hardware import peak_flops, peak_memory
+from lmtrain.hardware import peak_flops, peak_memory, pick_device
 from lmtrain.progress import Nowhere, Pace, Progress, Stopwatch, step_line
 from lmtrain.resume import choose, refuse_others
 from lmtrain.run import RunDirectory, RunFolder
@@ -38,7 +38,6 @@ from lmtrain.setup import (
     build_engine,
     build_model,
     make_loader,
-    pick_device,
     run_folder,
     with_vocabulary,
 )
