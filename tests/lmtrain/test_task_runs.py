@@ -5,10 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from data.tasks import TASKS, TaskDataset
 from launch.cli import main
 from lmtrain import checkpoint
-from lmtrain.config import ConfigError, load, shipped_configs
+from lmtrain.config import ConfigError, ModelConfig, load, shipped_configs
+from lmtrain.model import DecoderLM
 from lmtrain.run import read_metrics
 from lmtrain.setup import CHECKS
 from lmtrain.train import DONE, train
@@ -231,3 +234,17 @@ def test_generate_writes_numbers(run: Path, capsys: pytest.CaptureFixture[str]) 
     assert "the tokenizer numbers finds no token in it" in capsys.readouterr().err
     assert main(["generate", str(run), "--prompt", "1 99"]) == 2
     assert "'99' is no number of a token" in capsys.readouterr().err
+
+
+def test_a_gap_puts_the_first_copy_out_of_the_reach_of_windows() -> None:
+    """Two layers with windows of 8 see 14 tokens back, and what answers stands 41 back: another one changes nothing."""
+    texts = torch.from_numpy(TaskDataset(TASKS["induction"](vocab_size=16, gap=20), "test", 64).examples(0, 4).tokens)
+    other = texts.clone()
+    other[:, :22] = 1 + texts[:, :22] % 15  # no symbol stays what it was
+    for mixer, blind in (({"kind": "local", "window": 8}, True), ({"kind": "dense"}, False)):
+        torch.manual_seed(0)
+        parts = {"mixers": {"it": {**mixer, "heads": 2}}, "pattern": "it"}
+        model = DecoderLM(ModelConfig(dim=16, layers=2, vocab_size=16, **parts)).double()
+        with torch.no_grad():
+            same = torch.equal(model(texts)[:, 42:], model(other)[:, 42:])
+        assert same == blind
