@@ -34,7 +34,8 @@ PREFIXES = 1024
 class Accuracy:
     """What became of the examples of a task. nats: sum of -ln p over the labels.
 
-    one_pass: of a model that selects ahead, the accuracy that one pass over the whole examples claims.
+    standard_error: of the accuracy, NaN for a single example. one_pass: of a model that selects ahead, the accuracy
+    that one pass over the whole examples claims.
     """
 
     dataset: TaskDataset
@@ -68,13 +69,13 @@ class Accuracy:
         return "one-pass" if self.one_pass is None else "prefix-wise"
 
     def row(self) -> dict[str, Any]:
-        """The numbers, as a row of metrics.jsonl and the JSON of `eval` both have them."""
+        """The numbers, as a row of metrics.jsonl and the JSON of `eval` both have them; null for what is not finite."""
         row: dict[str, Any] = {
             "split": self.dataset.split,
-            "loss": self.loss,
+            "loss": self.loss if math.isfinite(self.loss) else None,
             "bits_per_byte": None,
             "accuracy": self.accuracy,
-            "accuracy_standard_error": self.standard_error,
+            "accuracy_standard_error": None if math.isnan(self.standard_error) else self.standard_error,
             "example_accuracy": self.example_accuracy,
             "scored_tokens": self.scored_tokens,
             "examples": self.examples,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,11 @@ class Recall:
             one_pass=None if cells[0].one_pass is None else one_pass,
         )
 
+    def variant(self, cell: Accuracy) -> dict[str, Any]:
+        """The settings that the task left open and that are special about a cell."""
+        settings = self.dataset.settings
+        return {key: value for key, value in cell.dataset.settings.items() if value != settings[key]}
+
     @property
     def name(self) -> str:
         """A file name that says what was asked."""
@@ -63,7 +68,7 @@ class Recall:
     def to_json(self, checkpoint: Path | str | None = None, step: int | None = None) -> dict[str, Any]:
         """The row of `eval --json`; `grid`: each cell, if there are several."""
         total = self.total
-        row = {
+        row: dict[str, Any] = {
             "corpus": self.corpus,
             "task": self.dataset.task.name,
             "settings": self.dataset.settings,
@@ -78,10 +83,10 @@ class Recall:
             "step": step,
         }
         if len(self.cells) > 1:
-            row["grid"] = [{**_variant(cell), **_numbers(cell)} for cell in self.cells]
-        return {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
-        }
+            row["grid"] = [
+                {"length": cell.dataset.length, **self.variant(cell), **_numbers(cell)} for cell in self.cells
+            ]
+        return row
 
 
 def evaluate_recall(
@@ -126,11 +131,8 @@ def rows_of(recall: Recall) -> list[list[Accuracy]]:
 
 def variant_names(recall: Recall) -> list[str]:
     """Heads of the columns: what is special about each variant."""
-    names = [
-        ", ".join(f"{key} {value:g}" for key, value in _variant(cell).items() if key != "length")
-        for cell in rows_of(recall)[0]
-    ]
-    return [name or "accuracy" for name in names]
+    told = [recall.variant(cell) for cell in rows_of(recall)[0]]
+    return [", ".join(f"{key} {value:g}" for key, value in variant.items()) or "accuracy" for variant in told]
 
 
 def _grid(recall: Recall) -> str:
@@ -139,12 +141,6 @@ def _grid(recall: Recall) -> str:
         for length, cells in zip(recall.lengths, rows_of(recall), strict=True)
     ]
     return table(["tokens", *variant_names(recall)], rows)
-
-
-def _variant(cell: Accuracy) -> dict[str, Any]:
-    """Length, and the settings in which variants differ."""
-    settings = asdict(cell.dataset.task)  # type: ignore[call-overload]
-    return {"length": cell.dataset.length, **({"depth": settings["depth"]} if "depth" in settings else {})}
 
 
 def _numbers(cell: Accuracy) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Accuracy counts exact answers at the labels alone; of a model that selects ahead, from prefixes alone."""
 
+import json
 import math
 from typing import Any
 
@@ -146,6 +147,13 @@ def test_passkeys_are_asked_at_each_depth_and_length() -> None:
     text = format_recall(result)
     assert "depth 0.25" in text
     assert len(text.splitlines()) == 6
+
+
+def test_one_example_has_no_standard_error_and_json_no_nan() -> None:
+    row = evaluate_recall(model(vocab_size=256), PASSKEY, [24], examples=1).to_json()
+    assert row["accuracy_standard_error"] is None
+    assert [cell["accuracy_standard_error"] for cell in row["grid"]] == [None] * 5
+    json.dumps(row, allow_nan=False)
 
 
 def test_one_length_of_one_task_has_no_grid() -> None:

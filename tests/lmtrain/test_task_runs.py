@@ -5,10 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from data.tasks import TASKS, TaskDataset
 from launch.cli import main
 from lmtrain import checkpoint
-from lmtrain.config import ConfigError, load, shipped_configs
+from lmtrain.config import ConfigError, ModelConfig, load, shipped_configs
+from lmtrain.model import DecoderLM
 from lmtrain.run import read_metrics
 from lmtrain.setup import CHECKS
 from lmtrain.train import DONE, train
@@ -113,14 +116,17 @@ def _fail_at(step: int) -> Any:
     return fail
 
 
-def work(world: World, folder: Path) -> int:
-    path, words = folder / "small.yaml", [f"run.dir={folder}/two", "train.micro_batch=1"]
-    return train(load(path, words, ranks=world.size), world=world)
+def work(world: World, folder: Path, words: list[str]) -> int:
+    words = [f"run.dir={folder}/two", *words]
+    return train(load(folder / "small.yaml", words, ranks=world.size), world=world)
 
 
-def test_two_ranks_read_and_answer_what_one_process_does(run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("sequence", "words"), [(1, ["train.micro_batch=1"]), (2, ["parallel.sequence=2"])])
+def test_two_ranks_read_and_answer_what_one_process_does(
+    run: Path, tmp_path: Path, sequence: int, words: list[str]
+) -> None:
     settings(tmp_path)
-    assert run_ranks(2, work, tmp_path) == [DONE] * 2
+    assert run_ranks(2, work, tmp_path, words, sequence=sequence) == [DONE] * 2
     rows, expected = read_metrics(tmp_path / "two"), read_metrics(run)
     assert [row.get("batch") for row in rows] == [row.get("batch") for row in expected]
     for row, wanted in zip(rows, expected, strict=True):
@@ -228,3 +234,17 @@ def test_generate_writes_numbers(run: Path, capsys: pytest.CaptureFixture[str]) 
     assert "the tokenizer numbers finds no token in it" in capsys.readouterr().err
     assert main(["generate", str(run), "--prompt", "1 99"]) == 2
     assert "'99' is no number of a token" in capsys.readouterr().err
+
+
+def test_a_gap_puts_the_first_copy_out_of_the_reach_of_windows() -> None:
+    """Two layers with windows of 8 see 14 tokens back, and what answers stands 41 back: another one changes nothing."""
+    texts = torch.from_numpy(TaskDataset(TASKS["induction"](vocab_size=16, gap=20), "test", 64).examples(0, 4).tokens)
+    other = texts.clone()
+    other[:, :22] = 1 + texts[:, :22] % 15  # no symbol stays what it was
+    for mixer, blind in (({"kind": "local", "window": 8}, True), ({"kind": "dense"}, False)):
+        torch.manual_seed(0)
+        parts = {"mixers": {"it": {**mixer, "heads": 2}}, "pattern": "it"}
+        model = DecoderLM(ModelConfig(dim=16, layers=2, vocab_size=16, **parts)).double()
+        with torch.no_grad():
+            same = torch.equal(model(texts)[:, 42:], model(other)[:, 42:])
+        assert same == blind
