@@ -38,6 +38,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for split, number in (("train", 1), ("validation", 2)):
         (folder / "deepmind-gutenberg" / split).mkdir(parents=True)
         (folder / "deepmind-gutenberg" / split / f"{number}.txt").write_bytes(b"Book %d\r\n" % number + TEXT)
+    (folder / "books").mkdir()
+    (folder / "books/one.txt").write_bytes(TEXT)
     (folder / "texts").mkdir()
     (folder / "texts/mine.jsonl").write_text(json.dumps({"text": TEXT.decode()}))
     run(folder, ["lmtrain", "train", "demo", *SHORT, *LITTLE])
