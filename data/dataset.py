@@ -61,6 +61,11 @@ class TokenDataset:
         """Of the original text, the denominator of bits per byte."""
         return int(self.document_bytes.sum())
 
+    @property
+    def bytes_per_token(self) -> float:
+        """Of the original text, on average."""
+        return self.bytes / len(self.tokens)
+
     @cached_property
     def words(self) -> int:
         """Of the original text, the denominator of word perplexity."""

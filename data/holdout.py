@@ -5,19 +5,27 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 
-from data.document import AnyDocument, Document, Split, character_start
-from data.files import same_file_key
+from data.document import AnyDocument, Document, Split, character_start, whole_documents
+from data.files import find_files, same_file_key
 from data.kept import KeptDocument, content_digest
 
 MANY_DOCUMENTS = 20  # from here on the cut falls on a document border
 
 
+def text_files(path: str) -> list[Document]:
+    """The files that data.validation means, each a document."""
+    documents = whole_documents(find_files(path, "data.validation"))
+    if not documents:
+        raise ValueError(f"data.validation: {path} holds no text")
+    return documents
+
+
 def hold_out(
     documents: Sequence[AnyDocument],
     validation: str,
-    read: Callable[[str], Sequence[AnyDocument]] | None = None,
+    read: Callable[[str], Sequence[AnyDocument]] = text_files,
 ) -> dict[str, Split]:
-    """The splits `train`, `validation` and `all`; `validation` is a share of the bytes, or what `read` reads.
+    """The splits `train`, `validation` and `all`; `validation` is a share of the bytes, or a path for `read`.
 
     A share s is held out at the end: of n bytes the first floor((1 - s) n) train, moved back to the start of
     a UTF-8 character. From `MANY_DOCUMENTS` documents on, the cut is the document border nearest to there, of
@@ -26,8 +34,6 @@ def hold_out(
     everything = Split(tuple(documents))
     share = _share(validation)
     if share is None:
-        if read is None:
-            raise ValueError(f"data.validation: must be a share of the text, > 0 and < 1, not {validation}")
         splits = {"train": everything, "validation": Split(tuple(read(validation))), "all": everything}
         refuse_overlap(splits, "data.validation: ")
         return splits
@@ -56,10 +62,10 @@ def is_share(validation: str) -> bool:
 def refuse_overlap(splits: Mapping[str, Split], blamed: str = "") -> None:
     """ValueError, naming both, if a document of `train` is in another split too: the same file, or the same text."""
     training = splits["train"].documents
-    for name in splits.keys() - {"train", "all"}:
-        for document, twin in _same_files(training, splits[name].documents) or twins(training, splits[name].documents):
-            where = f"{document.locate(0)}, of the split {name},"
-            raise ValueError(f"{blamed}{where} is also training data: {twin.locate(0)}")
+    for name in splits:
+        held_out = splits[name].documents if name not in ("train", "all") else ()
+        for document, twin in _same_files(training, held_out) or twins(training, held_out):
+            raise ValueError(f"{blamed}{_called(document)} of the split {name} is also training data: {_called(twin)}")
 
 
 def repeated(splits: Mapping[str, Split]) -> list[str]:
@@ -85,6 +91,11 @@ def _same_files(training: Sequence[AnyDocument], held_out: Sequence[AnyDocument]
     files = {same_file_key(document.path): document for document in training if type(document) is Document}
     keys = [(document, same_file_key(document.path)) for document in held_out if type(document) is Document]
     return [(document, files[key]) for document, key in keys if key in files]
+
+
+def _called(document: AnyDocument) -> str:
+    """The file, or within a kept text the title."""
+    return str(document.path) if type(document) is Document else document.title
 
 
 def _digest(document: AnyDocument) -> bytes:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.mixture import Mixture, MixtureOrder
 from data.order import Ranges, SampleOrder, StreamOrder, readable
 from data.prefetch import prefetch
 from data.shards import TokenDataset
@@ -114,7 +115,8 @@ class Batches(ABC):
 
 
 class Loader(Batches):
-    """Batches of windows of a text, in the order that `SampleOrder` fixes, or for streams `StreamOrder`.
+    """Batches of windows of a text, in the order that `SampleOrder` fixes, for streams `StreamOrder`, for several texts
+    `MixtureOrder`.
 
     documents: what becomes of a window that spans several documents.
         "concatenate": nothing, the text is one stream.
@@ -146,18 +148,22 @@ class Loader(Batches):
             raise ValueError("data.skip: the rows of data.stream read on, they leave nothing out")
         super().__init__(batch_sequences=batch_sequences, micro_batch=micro_batch, skip=skip, rank=rank, world=world)
         self.dataset = dataset
-        number = len(dataset.tokens)
-        self.order: SampleOrder | StreamOrder = (
-            StreamOrder(number, seq_len, batch_sequences) if stream else SampleOrder(number, seq_len, seed)
-        )
+        self.order: SampleOrder | StreamOrder | MixtureOrder
+        if isinstance(dataset, Mixture):
+            assert not stream, "the texts of a mixture do not go on from each other"
+            self.order = MixtureOrder.of(dataset, seq_len, seed)
+        elif stream:
+            self.order = StreamOrder(len(dataset.tokens), seq_len, batch_sequences)
+        else:
+            self.order = SampleOrder(len(dataset.tokens), seq_len, seed)
         self.seq_len = seq_len
         self.documents = documents
 
     def _batch(self, samples: np.ndarray) -> Batch:
         first_sample = int(samples[0])
         starts = self.order.starts(samples)
-        tokens = np.asarray(self.dataset.tokens)
-        rows = np.stack([tokens[start : start + self.seq_len + 1] for start in starts]).astype(np.int64)
+        windows = [self.dataset.tokens[start : start + self.seq_len + 1] for start in starts]
+        rows = np.stack([np.asarray(window, dtype=np.int64) for window in windows])
         labels = rows[:, 1:].copy()
         positions = ends = None
         if self.documents == "reset":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import torch
 
 from data.corpus import CORPORA, DEFAULT_VALIDATION, Corpus, load_corpus
+from data.document import Split
 from data.loader import Batches, Loader
+from data.mixture import MIXTURE, Mixture, mix_datasets
 from data.order import StreamOrder, read_ranges
 from data.shards import TokenDataset, prepare
 from data.tasks import TASKS, TaskDataset, TaskLoader
@@ -17,6 +20,7 @@ from data.tokenizer import Tokenizer
 from data.vocabulary import corpus_tokenizer
 from lmtrain import checkpoint
 from lmtrain.config import Config, OptimizerConfig, differences, reload
+from lmtrain.config.mixture import ingredients
 from lmtrain.config.problems import Problem
 from lmtrain.model import DecoderLM
 from lmtrain.optimizer import build_optimizer, torch_adamw
@@ -34,11 +38,14 @@ FREE_TO_CHANGE = (
 
 @dataclass(frozen=True)
 class Data:
-    """The tokens of a run, of a text or of a synthetic task, and the tokenizer that made them."""
+    """The tokens of a run, of texts or of a synthetic task, and the tokenizer that made them.
+
+    validation: of each text that trains. notes: what one should know of the texts, a sentence each.
+    """
 
     tokenizer: Tokenizer
     train: TokenDataset | TaskDataset
-    validation: TokenDataset | TaskDataset
+    validation: tuple[TokenDataset | TaskDataset, ...]
     notes: tuple[str, ...] = ()
 
 
@@ -52,11 +59,52 @@ def build_data(config: Config) -> Data:
     """Read and tokenize what the configuration names, or take it from the cache. ValueError if it cannot be."""
     if config.data.corpus in TASKS:
         train = TaskDataset(config.task, "train", config.data.seq_len, config.run.seed)
-        return Data(train.tokenizer, train, TaskDataset(config.task, "validation", config.data.seq_len))
-    corpus = read_corpus(config)
-    tokenizer = corpus_tokenizer(config.data.tokenizer, corpus, config.data.vocab_size, config.data.cache)
+        return Data(train.tokenizer, train, (TaskDataset(config.task, "validation", config.data.seq_len),))
+    if config.data.corpus == MIXTURE:
+        return _build_mixture(config)
+    (corpus,) = corpora = list(read_texts(config).values())
+    tokenizer = make_tokenizer(config, corpora)
     text, held_out = (prepare(corpus, split, tokenizer, config.data.cache) for split in ("train", "validation"))
-    return Data(tokenizer, text, held_out, corpus.notes)
+    return Data(tokenizer, text, (held_out,), corpus.notes)
+
+
+def _build_mixture(config: Config) -> Data:
+    """The texts of a mixture: one training text with the tokenizer of all, a validation text of each."""
+    texts = ingredients(config.data.mixture)
+    corpora = read_texts(config)
+    tokenizer = make_tokenizer(config, list(corpora.values()))
+    parts, held_out = (
+        [prepare(corpus, split, tokenizer, config.data.cache) for corpus in corpora.values()]
+        for split in ("train", "validation")
+    )
+    called = (name if name == text.corpus else f"{name} ({corpora[name].name})" for name, text in texts.items())
+    validation = tuple(replace(dataset, corpus=name) for name, dataset in zip(called, held_out, strict=True))
+    notes = (f"{name}: {note}" for name, corpus in corpora.items() for note in corpus.notes)
+    return Data(tokenizer, mix_datasets(parts, [text.weight for text in texts.values()]), validation, tuple(notes))
+
+
+def read_texts(config: Config) -> dict[str, Corpus]:
+    """The corpus of the configuration by its name; of a mixture all its texts by theirs. ValueError names the text."""
+    if config.data.corpus != MIXTURE:
+        return {config.data.corpus: read_corpus(config)}
+    return {name: _read_text(config, name) for name in ingredients(config.data.mixture)}
+
+
+def make_tokenizer(config: Config, corpora: Sequence[Corpus]) -> Tokenizer:
+    """The tokenizer of data.tokenizer for what trains of these corpora together."""
+    together = corpora[0]
+    if len(corpora) > 1:
+        documents = (document for corpus in corpora for document in corpus.split("train").documents)
+        together = Corpus(MIXTURE, {"train": Split(tuple(documents))})
+    return corpus_tokenizer(config.data.tokenizer, together, config.data.vocab_size, config.data.cache)
+
+
+def _read_text(config: Config, name: str) -> Corpus:
+    """A text of the mixture. ValueError names it."""
+    try:
+        return read_corpus(config, name)
+    except ValueError as error:
+        raise ValueError(f"data.mixture.{name}: {error}") from error
 
 
 def read_split(config: Config, tokenizer: Tokenizer, on: str | None, path: str | None) -> TokenDataset:
@@ -69,10 +117,19 @@ def read_split(config: Config, tokenizer: Tokenizer, on: str | None, path: str |
 
 
 def read_corpus(config: Config, name: str | None = None, path: str | None = None) -> Corpus:
-    """The corpus of the configuration; or another one by name, or the same in other files, with a share to validate."""
+    """The corpus of the configuration, a text of its mixture or another corpus, by name.
+
+    path: other files of it, of which the default share validates. ValueError if it cannot be read.
+    """
     name = name or config.data.corpus
-    own = CORPORA[name].settings if name == config.data.corpus else ()
-    settings = {setting: getattr(config.data, setting) for setting in own}
+    texts = ingredients(config.data.mixture) if config.data.corpus == MIXTURE else {}
+    settings: dict[str, Any] = {}
+    if name in texts:
+        name, settings = texts[name].corpus, dict(texts[name].settings)
+    elif name == MIXTURE:
+        raise ValueError(f"data.corpus: a mixture is no text, name one of its own: {', '.join(texts) or 'it has none'}")
+    elif name == config.data.corpus:
+        settings = {setting: getattr(config.data, setting) for setting in CORPORA[name].settings}
     if path is not None:
         settings |= {"path": path, "validation": DEFAULT_VALIDATION}
     return load_corpus(name, **settings, cache=config.data.cache)
@@ -100,11 +157,6 @@ def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
     if config.model.vocab_size is not None:
         return config
     return replace(config, model=replace(config.model, vocab_size=tokenizer.vocab_size))
-
-
-def pick_device() -> torch.device:
-    """The GPU of this process if there is one, else the CPU."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def build_model(config: Config, device: torch.device) -> DecoderLM:
@@ -169,19 +221,19 @@ def check_data(config: Config) -> list[Problem]:
     except ValueError as error:
         return [_problem(error, "data.path")]
     assert isinstance(data.train, TokenDataset)
-    assert isinstance(data.validation, TokenDataset)
-    found = []
-    shortest = {"train": (data.train, config.data.seq_len + 1), "validation": (data.validation, 2)}
-    for split, (dataset, least) in shortest.items():
-        if len(dataset.tokens) < least:
-            found.append(
-                Problem(
-                    "",
-                    "data.seq_len" if split == "train" else "data.validation",
-                    f"the {split} split has {len(dataset.tokens)} tokens, at least {least} are needed; "
-                    "give more text or a shorter data.seq_len",
-                )
-            )
+    parts = data.train.parts if isinstance(data.train, Mixture) else (data.train,)
+    shortest = [("data.seq_len", part, config.data.seq_len + 1) for part in parts]
+    shortest += [("data.validation", part, 2) for part in data.validation if isinstance(part, TokenDataset)]
+    found = [
+        Problem(
+            "",
+            key,
+            f"the {part.split} split of {part.corpus} has {len(part.tokens)} tokens, at least {least} are needed; "
+            "give more text or a shorter data.seq_len",
+        )
+        for key, part, least in shortest
+        if len(part.tokens) < least
+    ]
     if config.data.stream:
         try:
             StreamOrder(len(data.train.tokens), config.data.seq_len, config.batch_sequences)

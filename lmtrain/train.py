@@ -12,6 +12,7 @@ import hashlib
 import sys
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,14 @@ import torch
 
 from attention.mixer import Context, parameter_count
 from data.loader import Batch
+from data.shards import TokenDataset
 from data.tasks import TaskDataset
 from lmtrain import checkpoint, fault, watch
 from lmtrain import config as configuration
 from lmtrain.board import Board
 from lmtrain.config import Config
 from lmtrain.evaluate import EvaluationStopped
-from lmtrain.hardware import peak_flops, peak_memory
+from lmtrain.hardware import peak_flops, peak_memory, pick_device
 from lmtrain.progress import Nowhere, Pace, Progress, Stopwatch, step_line
 from lmtrain.resume import choose, refuse_others
 from lmtrain.run import RunDirectory, RunFolder
@@ -38,7 +40,6 @@ from lmtrain.setup import (
     build_engine,
     build_model,
     make_loader,
-    pick_device,
     run_folder,
     with_vocabulary,
 )
@@ -280,15 +281,16 @@ class Training:
         self.seconds.reset()
 
     def _evaluate(self) -> None:
-        """Score the beginning of the validation split; the row and the board get the numbers."""
-        told = self.engine.reading(self._validated)
-        self.run.log_metrics({"step": self.step, "tokens": self.tokens, **told.row})
-        self._scalars(told.scalars)
-        self.progress.note(f"step {self.step}: {told.words}")
+        """Score the beginning of each validation text; the rows and the board get the numbers."""
+        for dataset in self.data.validation:
+            told = self.engine.reading(partial(self._validated, dataset))
+            self.run.log_metrics({"step": self.step, "tokens": self.tokens, "corpus": dataset.corpus, **told.row})
+            self._scalars(told.scalars)
+            self.progress.note(f"step {self.step}: {told.words}")
 
-    def _validated(self) -> Report:
+    def _validated(self, dataset: TokenDataset | TaskDataset) -> Report:
         how: dict[str, Any] = {"autocast": self.engine.autocast, "should_stop": self._stop_evaluating}
-        return validate(self.model, self.data.validation, self.config, world=self.world, **how)
+        return validate(self.model, dataset, self.config, world=self.world, **how)
 
     def _stop_evaluating(self) -> bool:
         self.at(f"the evaluation at step {self.step}")

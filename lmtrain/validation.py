@@ -53,7 +53,7 @@ def bits_per_byte(loss: float, dataset: TokenDataset | TaskDataset) -> float | N
     """Loss in nats per token as bits per byte, by the split's mean bytes per token; a task has no bytes."""
     if isinstance(dataset, TaskDataset):
         return None
-    return loss / math.log(2) * len(dataset.tokens) / dataset.bytes
+    return loss / math.log(2) / dataset.bytes_per_token
 
 
 def _of_text(result: Evaluation) -> Report:

@@ -217,7 +217,7 @@ def _is_group(key: Key) -> bool:
 
 
 def _is_mapping(key: Key) -> bool:
-    return _is_group(key) or key[:-1] == ("model", "mixers") or key == ("parallel", "deepspeed")
+    return _is_group(key) or key[:-1] == ("model", "mixers") or key in (("parallel", "deepspeed"), ("data", "mixture"))
 
 
 def _without_effect(config: Config, written: Node) -> list[Problem]:

@@ -10,9 +10,11 @@ import torch
 from attention.divisors import nearest_divisors
 from attention.mixer import MIXERS, nearest
 from data.corpus import readers_of, reads
+from data.mixture import MIXTURE
 from data.order import read_ranges
 from data.tasks import TASKS
 from data.tokenizer import NAMES
+from lmtrain.config.mixture import ingredients
 from lmtrain.config.problems import Problem
 from lmtrain.config.schema import Config
 from parallel.deepspeed_settings import deepspeed_settings
@@ -60,6 +62,7 @@ EFFECTS = [
         Effect(f"data.{name}", "data.corpus", _read_by_the_corpus(name), f"it has one {readers_of(name)}")
         for name in ("path", "validation", "alphabet", "column", "subset", "split", "revision", "streaming")
     ),
+    Effect("data.mixture", "data.corpus", lambda c: c.data.corpus == MIXTURE, "only a mixture has texts of its own"),
     Effect(
         "data.task",
         "data.corpus",
@@ -162,6 +165,8 @@ def _streams_go_on(config: Config, ranks: int) -> str | None:
         return None
     if config.data.corpus in TASKS:
         return f"no example of {config.data.corpus} goes on from another: set it to false"
+    if config.data.corpus == MIXTURE:
+        return "the texts of a mixture do not go on from each other: set it to false"
     if config.model.learned_positions is not None:
         return "a stream runs out of the table of model.learned_positions; use rotary positions"
     if config.train.activation_checkpointing:
@@ -229,6 +234,17 @@ def _text_has_a_path(config: Config, ranks: int) -> str | None:
     if config.data.path is not None or config.data.corpus not in needed:
         return None
     return f"the corpus {config.data.corpus} needs {needed[config.data.corpus]}"
+
+
+@rule("data.mixture", "data.corpus")
+def _mixture_is_told(config: Config, ranks: int) -> str | None:
+    if config.data.corpus != MIXTURE:
+        return None
+    try:
+        ingredients(config.data.mixture)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 @rule("data.validation")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from attention.divisors import largest_divisor
 from data.corpora import CORPORA
 from data.corpora.contract import DEFAULT_ALPHABET, DEFAULT_COLUMN, DEFAULT_SPLIT, DEFAULT_VALIDATION
+from data.mixture import MIXTURE
 from data.tasks import TASKS, Task
 
 MICRO_BATCH_TOKENS = 16384
@@ -20,7 +21,7 @@ BYTE_VOCABULARY = 256
 if TYPE_CHECKING:
     CorpusName = str
 else:  # one of those that are registered
-    CorpusName = Literal[(*CORPORA, *TASKS)]
+    CorpusName = Literal[(*CORPORA, MIXTURE, *TASKS)]
 
 
 def setting(
@@ -56,10 +57,17 @@ class DataConfig:
         "stdlib",
         "`text`, `jsonl`: files of your own; `hub`: a dataset of the hub; `enwik8`, `text8`, `pg19`, `wikitext2`, "
         "`wikitext103`; `stdlib`: the Python sources on this machine; `iid`: independent uniform letters, which nobody "
-        "predicts without seeing them ([data.md](data.md)); or a synthetic task",
+        "predicts without seeing them ([data.md](data.md)); `mixture` of several; or a synthetic task",
     )
     task: dict[str, Any] = field(
         default_factory=dict, metadata={"meaning": "settings of the synthetic task that is the corpus; see below"}
+    )
+    mixture: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "meaning": "texts of the corpus `mixture`: name -> weight, or {weight: ..., corpus: ..., its settings}; a "
+            "text is called as its corpus unless that is given"
+        },
     )
     path: str | None = setting(
         None,

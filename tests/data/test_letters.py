@@ -73,7 +73,7 @@ def test_the_corpus_says_how_many_letters_it_has() -> None:
     assert set(content(corpus.split("validation"))) == set(ALPHABET[:7].encode())
     with pytest.raises(ValueError, match=r"data\.alphabet: must be from 2 to 26 letters, not 27"):
         load_corpus("iid", alphabet=27)
-    with pytest.raises(ValueError, match=r"data\.path: the corpus `iid` is drawn, not read"):
+    with pytest.raises(ValueError, match=r"data\.path: has no effect on the corpus iid"):
         load_corpus("iid", "letters.txt")
 
 

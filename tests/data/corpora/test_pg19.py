@@ -219,7 +219,7 @@ def test_a_book_that_is_no_text_or_too_long_is_named(tmp_path: Path, monkeypatch
 def test_a_training_book_cannot_test(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "books", lists=False)
     (folder / "test/99.txt").write_bytes(BOOKS["train"][7])
-    with pytest.raises(ValueError, match=r"99, .*of the split test, is also training data: 7 Seven, or More by Ann"):
+    with pytest.raises(ValueError, match=r"99 of the split test is also training data: 7 Seven, or More by Ann"):
         load_corpus("pg19", str(folder))
 
 

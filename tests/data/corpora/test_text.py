@@ -52,7 +52,9 @@ def test_files_are_documents_and_empty_ones_are_told(tmp_path: Path) -> None:
 def test_a_copy_of_training_data_cannot_validate(tmp_path: Path, name: str) -> None:
     train = write(tmp_path / "train", {"a.txt": b"twice", "b.txt": b"other"})
     held_out = write(tmp_path / "valid", {name: b"twice", "c.txt": b"third"})
-    with pytest.raises(ValueError, match=rf"data\.validation: .*{name}, .*is also training data: .*train/a\.txt"):
+    with pytest.raises(
+        ValueError, match=rf"data\.validation: .*{name} of the split validation is also training data: .*train/a\.txt"
+    ):
         load_corpus("text", train, held_out)
 
 

@@ -82,7 +82,7 @@ def test_what_is_wrong_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"data\.path: .*valid\.txt holds no text"):
         load_corpus("wikitext2", write(tmp_path / "w", valid_txt=b""))
     folder = write(tmp_path / "both", wiki_train_tokens=FIRST + SECOND, wiki_valid_tokens=OTHER + b" \n" + SECOND)
-    with pytest.raises(ValueError, match=r"Second \( film \), .*of the split validation, is also training data"):
+    with pytest.raises(ValueError, match=r"Second \( film \) of the split validation is also training data"):
         load_corpus("wikitext2", folder)
 
 
