@@ -16,14 +16,13 @@ import numpy as np
 
 from data.corpus import CORPORA
 from data.dataset import TokenDataset
-from data.mixture import MIXTURE
 from data.shards import dataset_folder
 from data.shards import prepare as prepare_split
 from data.tasks import TASKS
 from data.tokenizer import Tokenizer, tokenizer_hash
 from lmtrain.config import Config, load
 from lmtrain.progress import Progress
-from lmtrain.setup import read_texts
+from lmtrain.setup import make_tokenizer, read_texts
 
 EVERY = 15.0
 """Seconds between two lines where nobody watches."""
@@ -31,7 +30,7 @@ EVERY = 15.0
 
 @dataclass(frozen=True)
 class Prepared:
-    """What there is now. splits: name -> its folder, and what that holds."""
+    """What there is now. splits: name, in a mixture `text:name`, -> its folder, and what that holds."""
 
     corpus: str
     tokenizer: Tokenizer
@@ -72,7 +71,7 @@ def read_order(config_or_corpus: str, overrides: Sequence[str]) -> Config:
 
 
 def prepare(config: Config, workers: int | None = None, progress: Progress | None = None) -> Prepared:
-    """Every split of the corpus in tokens, but for `all`, which holds the others; of a mixture those of each text.
+    """Every split of the corpus in tokens, but for `all`, which holds the others.
 
     workers: processes that tokenize; None: as many as this one may use processors. KeyboardInterrupt, also on SIGTERM,
     once the parts that were begun are finished: the next call goes on from there. ValueError as
@@ -83,16 +82,16 @@ def prepare(config: Config, workers: int | None = None, progress: Progress | Non
     progress = progress or Progress(sys.stderr)
     workers = workers or len(os.sched_getaffinity(0))
     with _terminable():
-        corpora, tokenizer = read_texts(config)
+        corpora = read_texts(config)
+        tokenizer = make_tokenizer(config, list(corpora.values()))
         splits = {}
-        for text, corpus in corpora.items():
-            for name in [name for name in corpus.splits if name != "all"] or ["all"]:
-                watch = _Speed(progress, f"{corpus.name} {name}")
-                dataset = prepare_split(corpus, name, tokenizer, config.data.cache, workers=workers, watch=watch)
-                folder = dataset_folder(corpus, name, tokenizer, config.data.cache)
-                splits[f"{text}:{name}" if config.data.corpus == MIXTURE else name] = folder, dataset
-    called = MIXTURE if config.data.corpus == MIXTURE else corpora[config.data.corpus].name
-    return Prepared(called, tokenizer, splits)
+        for name, corpus in corpora.items():
+            for split in [split for split in corpus.splits if split != "all"] or ["all"]:
+                watch = _Speed(progress, f"{corpus.name} {split}")
+                dataset = prepare_split(corpus, split, tokenizer, config.data.cache, workers=workers, watch=watch)
+                called = split if len(corpora) == 1 else f"{name}:{split}"
+                splits[called] = dataset_folder(corpus, split, tokenizer, config.data.cache), dataset
+    return Prepared(corpus.name if len(corpora) == 1 else config.data.corpus, tokenizer, splits)
 
 
 def _numbers(folder: Path, dataset: TokenDataset) -> dict[str, Any]:

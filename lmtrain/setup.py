@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -60,30 +60,43 @@ def build_data(config: Config) -> Data:
     if config.data.corpus in TASKS:
         train = TaskDataset(config.task, "train", config.data.seq_len, config.run.seed)
         return Data(train.tokenizer, train, (TaskDataset(config.task, "validation", config.data.seq_len),))
-    corpora, tokenizer = read_texts(config)
+    if config.data.corpus == MIXTURE:
+        return _build_mixture(config)
+    (corpus,) = corpora = list(read_texts(config).values())
+    tokenizer = make_tokenizer(config, corpora)
+    text, held_out = (prepare(corpus, split, tokenizer, config.data.cache) for split in ("train", "validation"))
+    return Data(tokenizer, text, (held_out,), corpus.notes)
+
+
+def _build_mixture(config: Config) -> Data:
+    """The texts of a mixture: one training text with the tokenizer of all, a validation text of each."""
+    texts = ingredients(config.data.mixture)
+    corpora = read_texts(config)
+    tokenizer = make_tokenizer(config, list(corpora.values()))
     parts, held_out = (
         [prepare(corpus, split, tokenizer, config.data.cache) for corpus in corpora.values()]
         for split in ("train", "validation")
     )
-    notes = tuple(note for corpus in corpora.values() for note in corpus.notes)
-    if config.data.corpus != MIXTURE:
-        return Data(tokenizer, parts[0], tuple(held_out), notes)
-    weights = [text.weight for text in ingredients(config.data.mixture).values()]
-    called = [name if corpus.name == name else f"{name} ({corpus.name})" for name, corpus in corpora.items()]
+    called = (name if corpus.name == name else f"{name} ({corpus.name})" for name, corpus in corpora.items())
     validation = tuple(replace(dataset, corpus=name) for name, dataset in zip(called, held_out, strict=True))
-    return Data(tokenizer, mix_datasets(parts, weights), validation, notes)
+    notes = (f"{name}: {note}" for name, corpus in corpora.items() for note in corpus.notes)
+    return Data(tokenizer, mix_datasets(parts, [text.weight for text in texts.values()]), validation, tuple(notes))
 
 
-def read_texts(config: Config) -> tuple[dict[str, Corpus], Tokenizer]:
-    """The text that trains, or those of the mixture, by name; and the tokenizer of all. ValueError as `build_data`."""
-    if config.data.corpus == MIXTURE:
-        corpora = {name: _read_text(config, name) for name in ingredients(config.data.mixture)}
-        documents = (corpus.split("train").documents for corpus in corpora.values())
-        training = Corpus(MIXTURE, {"train": Split(tuple(chain.from_iterable(documents)))})
-    else:
-        training = read_corpus(config)
-        corpora = {config.data.corpus: training}
-    return corpora, corpus_tokenizer(config.data.tokenizer, training, config.data.vocab_size, config.data.cache)
+def read_texts(config: Config) -> dict[str, Corpus]:
+    """The corpus of the configuration by its name; of a mixture all its texts by theirs. ValueError names the text."""
+    if config.data.corpus != MIXTURE:
+        return {config.data.corpus: read_corpus(config)}
+    return {name: _read_text(config, name) for name in ingredients(config.data.mixture)}
+
+
+def make_tokenizer(config: Config, corpora: Sequence[Corpus]) -> Tokenizer:
+    """The tokenizer of data.tokenizer for what trains of these corpora together."""
+    together = corpora[0]
+    if len(corpora) > 1:
+        documents = (document for corpus in corpora for document in corpus.split("train").documents)
+        together = Corpus(MIXTURE, {"train": Split(tuple(documents))})
+    return corpus_tokenizer(config.data.tokenizer, together, config.data.vocab_size, config.data.cache)
 
 
 def _read_text(config: Config, name: str) -> Corpus:

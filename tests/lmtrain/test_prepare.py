@@ -10,6 +10,7 @@ import pytest
 
 import data.parts
 import lmtrain.prepare
+from data.tokenizer import tokenizer_hash
 from launch.cli import main
 from lmtrain.config import ConfigError
 from lmtrain.setup import build_data
@@ -111,7 +112,7 @@ def test_a_run_on_byte_pairs_from_training_to_text(tmp_path: Path, capsys: pytes
     run = tmp_path / "run"
     assert main(["eval", str(run), "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
-    held_out = build_data(tiny.config(tmp_path, *tokenizer)).validation[0]
+    (held_out,) = build_data(tiny.config(tmp_path, *tokenizer)).validation
     assert said["fingerprint"] == held_out.fingerprint
     assert said["scored_tokens"] == len(held_out.tokens) - 1
     assert said["bytes"] == held_out.bytes - len(held_out.tokenizer.decode(held_out.tokens[:1]))
@@ -119,6 +120,23 @@ def test_a_run_on_byte_pairs_from_training_to_text(tmp_path: Path, capsys: pytes
     assert capsys.readouterr().out.startswith("naïve")
     with pytest.raises(ConfigError, match=r"data\.tokenizer=bytes: was 'bpe' when this run began"):
         tiny.config(tmp_path, "train.steps=2", "data.tokenizer=bytes", *tokenizer[2:])
+
+
+def test_the_texts_of_a_mixture_have_one_tokenizer(
+    order: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "other.txt").write_bytes(b"Quite another text. " * 500)
+    texts = f"{{one: {{corpus: text, path: '{tmp_path}/texts', weight: 1}}, "
+    texts += f"two: {{corpus: text, path: '{tmp_path}/other.txt', weight: 2}}}}"
+    mixture = [f"data.mixture={texts}", "data.tokenizer=bpe", "data.vocab_size=300", order[-1]]
+    assert main(["prepare", "demo", "data.corpus=mixture", *mixture, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert list(said["splits"]) == ["one:train", "one:validation", "two:train", "two:validation"]
+    found = build_data(lmtrain.prepare.read_order("demo", ["data.corpus=mixture", *mixture]))
+    assert tokenizer_hash(found.tokenizer) == said["tokenizer"]["sha256"]
+    assert [part.fingerprint for part in found.train.parts] == [
+        said["splits"][name]["fingerprint"] for name in ("one:train", "two:train")
+    ]
 
 
 def test_every_known_name_is_a_configuration_or_a_corpus(capsys: pytest.CaptureFixture[str]) -> None:
