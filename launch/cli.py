@@ -1,7 +1,7 @@
 """The command line. Each verb is one function here that calls the library and prints; nothing else happens here.
 
 Exit codes: 0 done, 2 the user's mistake, 4 the answer is no (a leak, a damaged checkpoint, training gave up), 75
-stopped early with a checkpoint, 130 interrupted; others are crashes. With --json one JSON object goes to stdout and
+stopped early and can go on, 130 interrupted; others are crashes. With --json one JSON object goes to stdout and
 all else to stderr.
 """
 
@@ -13,15 +13,20 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lmtrain import __version__
 
+if TYPE_CHECKING:
+    from data.tasks import TaskDataset
+    from lmtrain.restore import Restored
+
 NO = 4
 USER_ERROR = 2
+STOPPED = 75
 INTERRUPTED = 130
 
 
@@ -100,11 +105,20 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
             debug="show the traceback of an error; stop where a number that is not finite arises (slower)",
         )
     )
+    _add_prepare(
+        verb(
+            "prepare",
+            _prepare,
+            "tokenize a corpus before a run needs it",
+            "enwik8/local data.path=enwik8",
+            "text data.path=books data.tokenizer=bpe --workers 8 --json",
+        )
+    )
     _add_eval(
         verb(
             "eval",
             _eval,
-            "score a text with a trained model",
+            "score a text or a synthetic task with a trained model",
             "runs/demo",
             "runs/demo --on text:all --path book.txt --json",
         )
@@ -175,6 +189,12 @@ def _add_train(sub: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_prepare(sub: argparse.ArgumentParser) -> None:
+    _add_config(sub, "a YAML file, a shipped configuration, or the name of a corpus")
+    sub.add_argument("--workers", type=_positive, metavar="N", help="processes that tokenize (one for each processor)")
+    sub.add_argument("--json", action="store_true", help="one JSON object on stdout")
+
+
 def _add_eval(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("run_dir", type=Path, metavar="RUN", help="a run's folder, or one of its checkpoints")
     sub.add_argument("--on", metavar="CORPUS[:SPLIT]", help="what to score (the run's own validation split)")
@@ -184,6 +204,9 @@ def _add_eval(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--carry", action="store_true", help="carry the state through the text; no windows")
     of_leaking = "of a model that selects ahead: how many prefixes are scored alone (as many as cost little)"
     sub.add_argument("--prefixes", type=_positive, metavar="N", help=of_leaking)
+    sub.add_argument("--length", type=_lengths, metavar="N,N", help="of a task's examples (data.seq_len)")
+    sub.add_argument("--examples", type=_positive, metavar="N", help="of a task, for each length and depth")
+    sub.add_argument("--plot", type=Path, metavar="FILE", help="of a task: draw a heat map, .svg or .png")
     sub.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
 
@@ -266,15 +289,30 @@ def _train(arguments: argparse.Namespace) -> int:
     return start(arguments.config, arguments.overrides, **how)
 
 
+def _prepare(arguments: argparse.Namespace) -> int:
+    from lmtrain.prepare import prepare, read_order
+
+    try:
+        prepared = prepare(read_order(arguments.config, arguments.overrides), arguments.workers)
+    except KeyboardInterrupt:
+        print("lmtrain prepare: stopped; what is finished is kept, and the same command goes on", file=sys.stderr)
+        return STOPPED
+    _show(arguments, prepared.to_json, prepared.format)
+    return 0
+
+
 def _eval(arguments: argparse.Namespace) -> int:
     from lmtrain.evaluate import evaluate, evaluate_carried, format_result, write_result
     from lmtrain.restore import open_run
-    from lmtrain.setup import read_split
+    from lmtrain.setup import read_split, read_task
     from lmtrain.waiting import Waiting
 
+    restored = open_run(arguments.run_dir)
+    if (task := read_task(restored.config, restored.tokenizer, arguments.on)) is not None:
+        return _eval_task(arguments, restored, task)
+    _refuse(arguments, ("length", "examples", "plot"), "for synthetic tasks only, such as --on passkey")
     if arguments.carry and (arguments.context or arguments.stride):
         raise ValueError("--carry reads the text once, without windows: it takes no --context and no --stride")
-    restored = open_run(arguments.run_dir)
     config = restored.config
     dataset = read_split(config, restored.tokenizer, arguments.on, arguments.path)
     how: dict[str, Any] = {"documents": config.data.documents, "autocast": restored.autocast}
@@ -291,6 +329,37 @@ def _eval(arguments: argparse.Namespace) -> int:
     kept = write_result(restored.run, result, checkpoint=restored.checkpoint, step=restored.step)
     print(f"kept in {kept}", file=sys.stderr)
     return 0
+
+
+def _eval_task(arguments: argparse.Namespace, restored: Restored, task: TaskDataset) -> int:
+    from lmtrain.evaluation import write_result
+    from lmtrain.heatmap import check_picture, draw_recall
+    from lmtrain.recall import evaluate_recall, format_recall
+
+    _refuse(
+        arguments,
+        ("path", "context", "stride", "carry"),
+        f"for texts only; examples of {task.task.name} are scored whole",
+    )
+    if arguments.prefixes and restored.model.causality == "strict":
+        raise ValueError("--prefixes: this model is strict, its one pass is what every prefix says; leave it out")
+    if arguments.plot:
+        check_picture(arguments.plot)
+    how: dict[str, Any] = {"prefixes": arguments.prefixes, "autocast": restored.autocast}
+    result = evaluate_recall(restored.model, task, arguments.length or [task.length], arguments.examples, **how)
+    if arguments.plot:
+        draw_recall(result, arguments.plot)
+    _show(arguments, lambda: result.to_json(restored.checkpoint, restored.step), lambda: format_recall(result))
+    kept = write_result(restored.run, result, checkpoint=restored.checkpoint, step=restored.step)
+    print(f"kept in {kept}", file=sys.stderr)
+    return 0
+
+
+def _refuse(arguments: argparse.Namespace, options: Sequence[str], reason: str) -> None:
+    """ValueError for options that were given and have no effect here."""
+    given = [f"--{option}" for option in options if getattr(arguments, option)]
+    if given:
+        raise ValueError(f"{', '.join(given)}: {reason}")
 
 
 def _generate(arguments: argparse.Namespace) -> int:

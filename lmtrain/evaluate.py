@@ -78,7 +78,7 @@ def evaluate(
         _score, model, dataset, batch_tokens=batch_tokens, should_stop=should_stop, watch=watch, world=world
     )
     tally, sample = Tally(dataset), None if strict else Sample(shapes, shapes.allot(prefixes))
-    with _evaluating(model), autocast():
+    with evaluating(model), autocast():
         for scored in score(_windows(spans, context, stride), what="one pass", tokens=shapes.tokens):
             tally.add(scored)
             if sample is not None:
@@ -115,11 +115,11 @@ def evaluate_carried(
         raise ValueError("--carry: a stream runs out of model.learned_positions; evaluate without --carry")
     spans = _spans(model, dataset, documents, max_tokens)
     tally = Tally(dataset)
-    with _evaluating(model), autocast():
+    with evaluating(model), autocast():
         for start, stop in spans:
             state = model.init_state(1, limit=carry)
             for first in range(start, stop - 1, seq_len):
-                _poll(should_stop)
+                poll(should_stop)
                 segment = Window(first, min(first + seq_len, stop - 1), first + 1)
                 tally.add(_score_batch(model, dataset, [segment], state), seen=first - start + 1)
     return tally.result(_protocol(model, dataset, documents, spans, scoring="carried", carry=carry))
@@ -215,7 +215,7 @@ def _score(
     watch(what, done, tokens)
     batches = _batches(to_score, batch_tokens)
     while at_once := list(itertools.islice(batches, world.size)):
-        _poll(should_stop)
+        poll(should_stop)
         for scored in _score_shared(model, dataset, at_once, world):
             yield scored
             done += sum(window.end - window.start for window in scored.windows)
@@ -308,13 +308,13 @@ def _protocol(model: DecoderLM, dataset: TokenDataset, documents: str, spans: Sp
     )
 
 
-def _poll(should_stop: ShouldStop | None) -> None:
+def poll(should_stop: ShouldStop | None) -> None:
     if should_stop is not None and should_stop():
         raise EvaluationStopped
 
 
 @contextmanager
-def _evaluating(model: DecoderLM) -> Iterator[None]:
+def evaluating(model: DecoderLM) -> Iterator[None]:
     """Evaluation mode and no gradients; afterwards the mode it was in.
 
     Not inference mode: autograd would refuse in training what was remembered here (orders of keys, tables).

@@ -6,6 +6,7 @@ docs/evaluation.md has the formulas. L is the sum of -ln p over the scored token
 import json
 import math
 import re
+import typing
 from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -209,7 +210,15 @@ class Evaluation:
         return re.sub(r"[^A-Za-z0-9_.-]", "_", f"{text}-{how}{part}")
 
 
-def write_result(run: Path, evaluation: Evaluation, *, checkpoint: Path | None = None, step: int | None = None) -> Path:
+class Result(typing.Protocol):
+    """What can be kept: a text's `Evaluation`, or what a model recalled of a task."""
+
+    @property
+    def name(self) -> str: ...
+    def to_json(self, checkpoint: Path | str | None = None, step: int | None = None) -> dict[str, Any]: ...
+
+
+def write_result(run: Path, evaluation: Result, *, checkpoint: Path | None = None, step: int | None = None) -> Path:
     """Writes the row as `run/eval/<text>-<protocol>[-step<N>].json`, whole or not at all."""
     name = evaluation.name if step is None else f"{evaluation.name}-step{step}"
     path = Path(run) / "eval" / f"{name}.json"

@@ -29,8 +29,10 @@ def dataset_of(tokens, documents=(0,), token_bytes=(1, 2, 3), words=4) -> TokenD
     tokenizer = SimpleNamespace(name="toy", vocab_size=len(sizes), token_bytes=sizes)
     tokens = np.array(tokens, dtype=np.uint8)
     starts = np.array([*documents, len(tokens)], dtype=np.int64)
-    text_bytes = int(sizes[tokens].sum())
-    return TokenDataset(tokens, starts, "f1", tokenizer, text_bytes, words, "toy corpus", "validation")
+    of_document = np.add.reduceat(sizes[tokens], starts[:-1])
+    words_of = np.array([words, *[0] * (len(documents) - 1)])
+    titles = [f"document {index}" for index in range(len(documents))]
+    return TokenDataset(tokens, starts, "f1", tokenizer, "toy corpus", "validation", of_document, words_of, titles)
 
 
 def random_dataset(length: int, vocabulary: int = 3, documents=(0,), seed: int = 0) -> TokenDataset:

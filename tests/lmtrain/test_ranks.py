@@ -180,7 +180,7 @@ def scored(world: World, folder: Path, selection: str) -> Any:
     passes: list[int] = []
     real = model.hidden
     model.hidden = lambda *words, **names: (passes.append(1), real(*words, **names))[1]  # type: ignore[method-assign]
-    text: TokenDataset = build_data(config).validation
+    text: TokenDataset = build_data(config).validation[0]
     prefixes = 20 if selection == "paper" else None
     found = evaluate(model, text, context=32, stride=16, batch_tokens=64, prefixes=prefixes, world=world)
     gap = None if found.leak is None else found.leak.gap
