@@ -109,6 +109,15 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
             "runs/demo --on text:all --path book.txt --json",
         )
     )
+    _add_compare(
+        verb(
+            "compare",
+            _compare,
+            "whether one model is better than another, or it was chance",
+            "runs/demo runs/wide",
+            "runs/demo runs/wide --on pg19:test --context 8192 --stride 512",
+        )
+    )
     _add_generate(
         verb(
             "generate",
@@ -177,14 +186,31 @@ def _add_train(sub: argparse.ArgumentParser) -> None:
 
 def _add_eval(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("run_dir", type=Path, metavar="RUN", help="a run's folder, or one of its checkpoints")
-    sub.add_argument("--on", metavar="CORPUS[:SPLIT]", help="what to score (the run's own validation split)")
+    _add_protocol(sub, "the run's own validation split")
+    of_leaking = "of a model that selects ahead: how many prefixes are scored alone (as many as cost little)"
+    sub.add_argument("--prefixes", type=_positive, metavar="N", help=of_leaking)
+    sub.add_argument("--by-document", action="store_true", help="also the numbers of each document")
+    by_context = "also the loss of the same tokens at contexts of 128, 256, ... up to --context"
+    sub.add_argument("--by-context", action="store_true", help=by_context)
+    sub.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw the losses by position and by context")
+    sub.add_argument("--json", action="store_true", help="one JSON object on stdout")
+
+
+def _add_compare(sub: argparse.ArgumentParser) -> None:
+    for name, which in (("a", "one"), ("b", "the other")):
+        what = f"{which}: a run's folder, a checkpoint, or a file that eval --by-document kept"
+        sub.add_argument(name, type=Path, metavar=f"RUN_{name.upper()}", help=what)
+    _add_protocol(sub, "the validation split of the runs")
+    sub.add_argument("--json", action="store_true", help="one JSON object on stdout")
+
+
+def _add_protocol(sub: argparse.ArgumentParser, default: str) -> None:
+    """Which text is scored, and how."""
+    sub.add_argument("--on", metavar="CORPUS[:SPLIT]", help=f"what to score ({default})")
     sub.add_argument("--path", help="file of that corpus")
     sub.add_argument("--context", type=_positive, help="most tokens that a scored token may see")
     sub.add_argument("--stride", type=_positive, help="new tokens scored per window (context)")
     sub.add_argument("--carry", action="store_true", help="carry the state through the text; no windows")
-    of_leaking = "of a model that selects ahead: how many prefixes are scored alone (as many as cost little)"
-    sub.add_argument("--prefixes", type=_positive, metavar="N", help=of_leaking)
-    sub.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
 
 def _add_generate(sub: argparse.ArgumentParser) -> None:
@@ -267,29 +293,24 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
-    from lmtrain.evaluate import evaluate, evaluate_carried, format_result, write_result
-    from lmtrain.restore import open_run
-    from lmtrain.setup import read_split
-    from lmtrain.waiting import Waiting
+    from lmtrain.evaluate_run import Asked, evaluate_run
+    from lmtrain.evaluation_text import format_result
 
-    if arguments.carry and (arguments.context or arguments.stride):
-        raise ValueError("--carry reads the text once, without windows: it takes no --context and no --stride")
-    restored = open_run(arguments.run_dir)
-    config = restored.config
-    dataset = read_split(config, restored.tokenizer, arguments.on, arguments.path)
-    how: dict[str, Any] = {"documents": config.data.documents, "autocast": restored.autocast}
-    if arguments.prefixes and restored.model.causality == "strict":
-        raise ValueError("--prefixes: this model is strict, its one pass is what every prefix says; leave it out")
-    if arguments.carry:
-        result = evaluate_carried(restored.model, dataset, seq_len=config.data.seq_len, carry=config.carry, **how)
-    else:
-        context = arguments.context or config.eval_context
-        stride = arguments.stride or (config.eval.stride if arguments.context is None else None) or context
-        how |= {"prefixes": arguments.prefixes, "watch": Waiting()}
-        result = evaluate(restored.model, dataset, context=context, stride=stride, **how)
-    _show(arguments, lambda: result.to_json(restored.checkpoint, restored.step), lambda: format_result(result))
-    kept = write_result(restored.run, result, checkpoint=restored.checkpoint, step=restored.step)
-    print(f"kept in {kept}", file=sys.stderr)
+    names = ("on", "path", "context", "stride", "carry", "prefixes", "by_document", "by_context", "plot")
+    asked = Asked(**{name: getattr(arguments, name) for name in names})
+    result = evaluate_run(arguments.run_dir, asked)
+    _show(arguments, lambda: result.row, lambda: format_result(result.evaluation, asked.by_document))
+    print(f"kept in {result.kept}", file=sys.stderr)
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from lmtrain.evaluate_run import Asked, compare_runs
+
+    names = ("on", "path", "context", "stride", "carry")
+    asked = Asked(**{name: getattr(arguments, name) for name in names})
+    comparison = compare_runs(arguments.a, arguments.b, asked)
+    _show(arguments, comparison.to_json, comparison.format)
     return 0
 
 
