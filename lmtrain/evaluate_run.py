@@ -65,7 +65,7 @@ def evaluate_run(run: Path, asked: Asked) -> Result:
     if asked.by_document:
         source["text_sha256"] = text_sha256(dataset)
     row = evaluation.to_json(source, asked.by_document)
-    kept = write_result(restored.run, evaluation, row)
+    kept = write_result(restored.run, evaluation.name, row)
     if asked.plot is not None:
         evaluation_plot.draw(evaluation, asked.plot)
     return Result(evaluation, row, kept)

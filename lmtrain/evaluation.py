@@ -280,11 +280,11 @@ class Evaluation:
         return re.sub(r"[^A-Za-z0-9_.-]", "_", f"{text}-{how}{part}")
 
 
-def write_result(run: Path, evaluation: Evaluation, row: Mapping[str, Any]) -> Path:
-    """Writes `row` as `run/eval/<text>-<protocol>[-step<N>][-<what else is in it>].json`, whole or not at all."""
+def write_result(run: Path, name: str, row: Mapping[str, Any]) -> Path:
+    """Writes `row` as `run/eval/<name>[-step<N>][-<what else is in it>].json`, whole or not at all."""
     step = "" if row.get("step") is None else f"-step{row['step']}"
     more = "".join(f"-{word}" for word, key in _MORE.items() if key in row)
-    path = Path(run) / "eval" / f"{evaluation.name}{step}{more}.json"
+    path = Path(run) / "eval" / f"{name}{step}{more}.json"
     path.parent.mkdir(exist_ok=True)
     replace_bytes(path, (json.dumps(row, indent=1) + "\n").encode())
     return path

@@ -3,7 +3,7 @@
 import pytest
 
 from lmtrain.config import ModelConfig
-from lmtrain.evaluate import evaluate_carried
+from lmtrain.evaluate import evaluate, evaluate_carried
 from lmtrain.model import DecoderLM
 from tests.lmtrain.scoring import bigram_model, dataset_of, decoder, peeking_model, random_dataset
 
@@ -49,3 +49,36 @@ class TestCarried:
             evaluate_carried(decoder("all", learned_positions=99), random_dataset(20), seq_len=4)
         with pytest.raises(ValueError, match="1 token"):
             evaluate_carried(decoder("all"), random_dataset(20), seq_len=4, carry=0)
+
+
+WINDOWS = {"near": 3, "far": 5, "near+far": 5}
+"""Keys of which layer live how long, in tokens."""
+
+
+class TestBesideSlidingWindows:
+    """Two protocols. A key of the second layer was made from what the first one saw, and so on: layers of windows w_i
+    reach R = sum of (w_i - 1) tokens back. A window of C tokens that scores the last S of them holds at least C - S
+    tokens before the one that precedes a target; so both numbers are equal where R <= C - S, and there alone."""
+
+    text = random_dataset(300)
+
+    @pytest.mark.parametrize("pattern", ["far", "near+far", "near far", "far far far"])
+    @pytest.mark.parametrize("stride", [1, 4])
+    @pytest.mark.parametrize("seq_len", [3, 64])
+    def test_equal_where_the_layers_together_end_inside_the_context_and_nowhere_else(self, pattern, stride, seq_len):
+        layers = len(pattern.split())
+        model = decoder(pattern, layers=layers)
+        reach = sum(WINDOWS[layer] - 1 for layer in pattern.split())
+        carried = evaluate_carried(model, self.text, seq_len=seq_len, carry=1000)
+        for more, equal in [(-1, False), (0, True), (3, True)]:
+            sliding = evaluate(model, self.text, context=reach + stride + more, stride=stride)
+            assert (abs(sliding.nats - carried.nats) < 1e-10) == equal
+
+    def test_a_bound_on_the_age_of_keys_is_no_bound_on_what_they_have_seen(self):
+        """Two dense layers whose keys live for 5 tokens reach 8 back, though no key is older than 4."""
+        model = decoder("all")
+        carried = evaluate_carried(model, self.text, seq_len=16, carry=5)
+        assert abs(evaluate(model, self.text, context=5, stride=1).nats - carried.nats) > 1e-3
+        same = decoder("five")
+        same.load_state_dict({k.replace("all", "five"): v for k, v in model.state_dict().items()})
+        assert evaluate(same, self.text, context=9, stride=1).nats == pytest.approx(carried.nats, abs=1e-10)

@@ -54,16 +54,16 @@ class TestReport:
 
     def test_file(self, tmp_path):
         result = evaluate(bigram_model(), TEXT, context=4, stride=2)
-        path = write_result(tmp_path, result, result.to_json(SOURCE))
+        path = write_result(tmp_path, result.name, result.to_json(SOURCE))
         assert path == tmp_path / "eval/toy_corpus-validation-f1-context4-stride2-step7.json"
         assert json.loads(path.read_text()) == result.to_json(SOURCE)
         part = evaluate_carried(bigram_model(), TEXT, seq_len=2, max_tokens=3)
-        assert write_result(tmp_path, part, part.to_json()).name == "toy_corpus-validation-f1-carry8-first3.json"
+        assert write_result(tmp_path, part.name, part.to_json()).name == "toy_corpus-validation-f1-carry8-first3.json"
         assert len(list(path.parent.iterdir())) == 2
 
     def test_a_row_with_more_in_it_does_not_replace_one_without(self, tmp_path):
         result = evaluate(bigram_model(), TEXT, context=4, stride=2)
-        plain, detailed = (write_result(tmp_path, result, result.to_json(SOURCE, more)) for more in (False, True))
+        plain, detailed = (write_result(tmp_path, result.name, result.to_json(SOURCE, more)) for more in (False, True))
         assert detailed.name == f"{plain.stem}-by-document.json"
         assert plain.exists()
 
