@@ -1,4 +1,4 @@
-"""Requests of a harness: log-likelihoods by hand, windows as it defines them, continuations as `generate` writes them."""
+"""Requests of a harness: log-likelihoods by hand, windows as it defines them, continuations as of `generate`."""
 
 import math
 from contextlib import nullcontext
@@ -86,7 +86,7 @@ class TestLogLikelihoods:
 class TestRolling:
     @pytest.mark.parametrize("length", [1, 7, 8, 9, 16, 21])
     def test_rows_are_disjoint_but_for_the_last_ones_past(self, length):
-        """Of context 8: targets 1-8 from the newline on, 9-16 from 8, and what is left from 8 tokens before its last."""
+        """Of context 8: targets 1-8 from the newline on, 9-16 from 8, the rest from 8 tokens before its last one."""
         rows = list(rolling_rows(np.array([0]), np.arange(1, length + 1), 8))
         assert [int(t) for row in rows for t in row.ids[-row.targets :]] == list(range(1, length + 1))
         assert [row.targets for row in rows] == [8] * (length // 8) + [length % 8] * (length % 8 > 0)
