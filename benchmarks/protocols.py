@@ -2,13 +2,13 @@
 
     python benchmarks/protocols.py PATH [--json FILE]
 
-PATH: enwik8 or a prefix of it. Two models of two layers of width 128 are trained at T = 512 for 300 steps of 4,096 bytes,
-`local` with a window of 128 and `dense`; each scores the whole test split under every protocol. Bytes per second are
-medians of three alternated runs over its first 65,536 bytes. Runs are kept in a folder; a second call only scores.
+PATH: enwik8 or a prefix of it. Two models of two layers of width 128 are trained at T = 512 for 300 steps of 4,096
+bytes, `local` with a window of 128 and `dense`; each scores the whole test split under every protocol. Bytes per second
+are medians of three alternated runs over its first 65,536 bytes. Runs are kept in a folder; a second call only scores.
 
-Carried and sliding are two protocols: a key carried on has seen more than a window holds. The layers of `local` together
-reach 2 x 127 = 254 bytes back, so windows of 512 that advance by 256 hold all of it, and both numbers are equal; those
-that advance by 512 do not. `dense` reaches as far as it is let, so they differ.
+Carried and sliding are two protocols: a key carried on has seen more than a window holds. The layers of `local`
+together reach 2 x 127 = 254 bytes back, so windows of 512 that advance by 256 hold all of it, and both numbers are
+equal; those that advance by 512 do not. `dense` reaches as far as it is let, so they differ.
 """
 
 from __future__ import annotations

@@ -59,6 +59,10 @@ def evaluate_run(run: Path, asked: Asked) -> Result:
     restored = open_run(run)
     if asked.prefixes and restored.model.causality == "strict":
         raise ValueError("--prefixes: this model is strict, its one pass is what every prefix says; leave it out")
+    if asked.by_document and restored.model.causality != "strict":
+        raise ValueError(
+            f"{run} selects ahead: of such a model a sample of prefixes is scored, so there are no numbers by document"
+        )
     dataset = read_split(restored.config, restored.tokenizer, asked.on, asked.path)
     evaluation = _evaluate(restored, dataset, asked)
     source = restored.source
@@ -97,8 +101,10 @@ def _evaluate(restored: Restored, dataset: TokenDataset, asked: Asked) -> Evalua
     context = asked.context or config.eval_context
     stride = asked.stride or (config.eval.stride if asked.context is None else None) or context
     how["watch"] = Waiting()
+    by_context = (
+        evaluate_by_context(model, dataset, context=context, trained_length=config.data.seq_len, **how)
+        if asked.by_context
+        else ()
+    )
     evaluation = evaluate(model, dataset, context=context, stride=stride, prefixes=asked.prefixes, **how)
-    if not asked.by_context:
-        return evaluation
-    by_context = evaluate_by_context(model, dataset, context=context, trained_length=config.data.seq_len, **how)
     return replace(evaluation, by_context=by_context)

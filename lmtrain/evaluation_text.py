@@ -48,8 +48,6 @@ def _by_context(losses: tuple[ContextLoss, ...]) -> str:
 
 def _by_document(documents: tuple[Part, ...]) -> str:
     """The best and the worst few, by bits per byte."""
-    if not documents:
-        return "No numbers by document: a sample of prefixes was scored, and no document whole."
     ranked = sorted((part for part in documents if part.bytes), key=lambda part: part.bits_per_byte or 0.0)
     few = len(ranked) <= 2 * FEW
     shown = ranked if few else [*ranked[:FEW], None, *ranked[-FEW:]]
