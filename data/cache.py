@@ -6,11 +6,15 @@ import os
 import shutil
 import socket
 import uuid
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
-from data.dataset import sync_folder
+from data.disk import sync_folder
+
+Opened = TypeVar("Opened")
 
 
 def default_cache() -> Path:
@@ -18,12 +22,38 @@ def default_cache() -> Path:
     return Path(os.environ.get("LMTRAIN_CACHE") or "~/.cache/lmtrain").expanduser()
 
 
+def open_or_make(folder: Path, open_folder: Callable[[Path], Opened], make: Callable[[Path], None]) -> Opened:
+    """What `open_folder` opens; where it raises ValueError, the folder is made first (`make_once`).
+
+    A folder that is there and cannot be opened is damaged: it is made anew, with a warning.
+    """
+
+    def intact() -> bool:
+        if not folder.exists():
+            return False
+        try:
+            open_folder(folder)
+        except ValueError as error:
+            warnings.warn(f"damaged cache, made anew: {error}", stacklevel=4)
+            damaged = scratch(folder)
+            with suppress(FileNotFoundError):  # removed by another process
+                folder.rename(damaged)
+            shutil.rmtree(damaged, ignore_errors=True)
+            return False
+        return True
+
+    with suppress(ValueError):
+        return open_folder(folder)
+    make_once(folder, intact, make)
+    return open_folder(folder)
+
+
 def make_once(folder: Path, intact: Callable[[], bool], make: Callable[[Path], None]) -> None:
     """Makes `folder` unless it is intact: `make` writes it under another name, then it is renamed.
 
     intact: whether the folder is there as it should be; asked once this process is alone, it removes what is not.
     """
-    with _locked(folder) as alone:
+    with locked(folder) as alone:
         if alone:
             for abandoned in folder.parent.glob(f"{_scratch_prefix(folder)}*"):  # by a process that was killed
                 shutil.rmtree(abandoned, ignore_errors=True)
@@ -57,7 +87,7 @@ def _commit(temporary: Path, folder: Path) -> None:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
+def locked(folder: Path) -> Iterator[bool]:
     """One process at a time makes a folder. False where locks do not work: then all do, the first wins."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_name(f"{folder.name}.lock").open("w") as file:

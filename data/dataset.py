@@ -8,16 +8,18 @@ others, and a checksum of its own. All are checked when the folder is opened, an
 
 import hashlib
 import json
-import os
+import shutil
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
-from data.document import AnyDocument, Split, WordCounter
-from data.tokenizer import Tokenizer, encode_text, from_json, token_dtype, tokenizer_hash
+from data.disk import sha256_file, sha256_json, sync_file, sync_folder
+from data.document import AnyDocument, Split
+from data.parts import Part, Watch, document_sizes, make_parts
+from data.tokenizer import Tokenizer, from_json, token_dtype, tokenizer_hash
 
 VERSION = 2
 SHARD, DOCUMENTS, META = "shard-00000.bin", "documents.npy", "meta.json"
@@ -65,16 +67,32 @@ class TokenDataset:
         return int(self.document_words.sum())
 
 
-def write_dataset(folder: Path, corpus: str, split: str, text: Split, tokenizer: Tokenizer) -> None:
-    """Writes the tokens of a split into a new folder, and flushes all of it to disk."""
+def write_dataset(
+    folder: Path,
+    corpus: str,
+    split: str,
+    text: Split,
+    tokenizer: Tokenizer,
+    *,
+    parts: Path | None = None,
+    workers: int = 0,
+    watch: Watch = lambda done, total: None,
+) -> None:
+    """Writes the tokens of a split into a new folder, and flushes all of it to disk.
+
+    parts: where tokenized parts are kept over interruptions (`data.parts`, as are workers and watch); None: nowhere.
+    """
     folder.mkdir()
-    digest, sizes = _write_tokens(folder / SHARD, text, tokenizer)
-    num_tokens, num_bytes, num_words = np.array(sizes, dtype="<i8").T
+    made = make_parts(parts or folder / "parts", text, tokenizer, workers=workers, watch=watch)
+    digest = _join(folder / SHARD, made)
+    if parts is None:
+        shutil.rmtree(folder / "parts")
+    num_tokens, num_bytes, num_words = document_sizes(made).T
     _write_array(folder / DOCUMENTS, np.concatenate([[0], np.cumsum(num_tokens)]))
     _write_array(folder / DOCUMENT_BYTES, num_bytes)
     _write_array(folder / DOCUMENT_WORDS, num_words)
     _write_json(folder / TITLES, [_title(document) for document in text.documents])
-    hashes = {SHARD: digest, **{name: _sha256(folder / name) for name in FILES if name != SHARD}}
+    hashes = {SHARD: digest, **{name: sha256_file(folder / name) for name in FILES if name != SHARD}}
     meta = {
         "version": VERSION,
         "corpus": corpus,
@@ -82,7 +100,7 @@ def write_dataset(folder: Path, corpus: str, split: str, text: Split, tokenizer:
         "tokenizer": tokenizer.to_json(),
         "tokenizer_sha256": tokenizer_hash(tokenizer),
         "tokens": int(num_tokens.sum()),
-        "documents": len(sizes),
+        "documents": len(num_tokens),
         "files": {name: {"bytes": (folder / name).stat().st_size, "sha256": hashes[name]} for name in FILES},
     }
     _write_json(folder / META, {**meta, "checksum": sha256_json(meta)})
@@ -124,34 +142,28 @@ def _fingerprint(meta: dict[str, Any], tokenizer: Tokenizer, document_starts: np
     return sha256_json([dtype, meta["tokenizer_sha256"], [[SHARD, shard["bytes"], shard["sha256"]]], documents])
 
 
-def _write_tokens(path: Path, text: Split, tokenizer: Tokenizer) -> tuple[str, list[tuple[int, int, int]]]:
-    """Writes the token ids; returns their sha256, and (tokens, bytes, words) of each document."""
-    dtype = token_dtype(tokenizer.vocab_size)
-    digest, sizes = hashlib.sha256(), []
+def _join(path: Path, parts: list[Part]) -> str:
+    """Writes the tokens of the parts one after another into a file; returns its sha256."""
+    digest = hashlib.sha256()
     with path.open("wb") as file:
-        for document in text.documents:
-            counter, num_tokens = WordCounter(), 0
-            for chunk, ids in encode_text(tokenizer, document):
-                block = ids.astype(dtype, copy=False).tobytes()
-                file.write(block)
-                digest.update(block)
-                counter.add(chunk)
-                num_tokens += len(ids)
-            sizes.append((num_tokens, document.num_bytes, counter.words))
-        _sync(file)
-    return digest.hexdigest(), sizes
+        for part in parts:
+            block = part.path.read_bytes()
+            file.write(block)
+            digest.update(block)
+        sync_file(file)
+    return digest.hexdigest()
 
 
 def _write_array(path: Path, values: np.ndarray) -> None:
     with path.open("wb") as file:
         np.save(file, values.astype("<i8"), allow_pickle=False)
-        _sync(file)
+        sync_file(file)
 
 
 def _write_json(path: Path, value: Any) -> None:
     with path.open("wb") as file:
         file.write(json.dumps(value, indent=1).encode())
-        _sync(file)
+        sync_file(file)
 
 
 def _title(document: AnyDocument) -> str:
@@ -258,29 +270,5 @@ def _check_file(path: Path, expected: dict[str, Any]) -> None:
     size = path.stat().st_size
     if size != expected["bytes"]:
         raise ValueError(f"{path}: damaged, it ends at byte {size} instead of {expected['bytes']}")
-    if size <= FULL_CHECK_BYTES and _sha256(path) != expected["sha256"]:
+    if size <= FULL_CHECK_BYTES and sha256_file(path) != expected["sha256"]:
         raise ValueError(f"{path}: damaged, its sha256 is not {expected['sha256']}")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync_folder(folder: Path) -> None:
-    """Flushes the folder's list of names to disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sync(file: IO[bytes]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def sha256_json(value: Any) -> str:
-    """sha256 of the canonical JSON of a value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

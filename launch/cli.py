@@ -1,7 +1,7 @@
 """The command line. Each verb is one function here that calls the library and prints; nothing else happens here.
 
 Exit codes: 0 done, 2 the user's mistake, 4 the answer is no (a leak, a damaged checkpoint, training gave up), 75
-stopped early with a checkpoint, 130 interrupted; others are crashes. With --json one JSON object goes to stdout and
+stopped early and can go on, 130 interrupted; others are crashes. With --json one JSON object goes to stdout and
 all else to stderr.
 """
 
@@ -22,6 +22,7 @@ from lmtrain import __version__
 
 NO = 4
 USER_ERROR = 2
+STOPPED = 75
 INTERRUPTED = 130
 
 
@@ -98,6 +99,15 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
             "demo",
             "demo run.dir=runs/wide model.dim=256",
             debug="show the traceback of an error; stop where a number that is not finite arises (slower)",
+        )
+    )
+    _add_prepare(
+        verb(
+            "prepare",
+            _prepare,
+            "tokenize a corpus before a run needs it",
+            "enwik8/local data.path=enwik8",
+            "text data.path=books data.tokenizer=bpe --workers 8 --json",
         )
     )
     _add_eval(
@@ -182,6 +192,12 @@ def _add_train(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--fresh", action="store_true", help="if all checkpoints of run.dir are damaged, begin again beside them"
     )
+
+
+def _add_prepare(sub: argparse.ArgumentParser) -> None:
+    _add_config(sub, "a YAML file, a shipped configuration, or the name of a corpus")
+    sub.add_argument("--workers", type=_positive, metavar="N", help="processes that tokenize (one for each processor)")
+    sub.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
 
 def _add_eval(sub: argparse.ArgumentParser) -> None:
@@ -290,6 +306,18 @@ def _train(arguments: argparse.Namespace) -> int:
 
     how = {"resume": arguments.resume, "fresh": arguments.fresh, "debug": arguments.debug}
     return start(arguments.config, arguments.overrides, **how)
+
+
+def _prepare(arguments: argparse.Namespace) -> int:
+    from lmtrain.prepare import prepare, read_order
+
+    try:
+        prepared = prepare(read_order(arguments.config, arguments.overrides), arguments.workers)
+    except KeyboardInterrupt:
+        print("lmtrain prepare: stopped; what is finished is kept, and the same command goes on", file=sys.stderr)
+        return STOPPED
+    _show(arguments, prepared.to_json, prepared.format)
+    return 0
 
 
 def _eval(arguments: argparse.Namespace) -> int:

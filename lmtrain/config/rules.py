@@ -9,6 +9,7 @@ import torch
 
 from attention.divisors import nearest_divisors
 from attention.mixer import MIXERS, nearest
+from data.tokenizer import NAMES
 from lmtrain.config.problems import Problem
 from lmtrain.config.schema import BYTE_VOCABULARY, Config
 from parallel.deepspeed_settings import deepspeed_settings
@@ -65,6 +66,12 @@ EFFECTS = [
         "data.corpus",
         lambda c: c.data.corpus != "enwik8",
         "enwik8 has its own split",
+    ),
+    Effect(
+        "data.vocab_size",
+        "data.tokenizer",
+        lambda c: c.data.tokenizer == "bpe",
+        "only the tokenizer bpe is made of a size that can be chosen",
     ),
     *(
         Effect(key, "parallel.engine", lambda c: c.parallel.engine == "deepspeed", "only deepspeed knows it")
@@ -171,6 +178,14 @@ def _vocabulary_holds_bytes(config: Config, ranks: int) -> str | None:
     if size is None or size >= BYTE_VOCABULARY or config.data.tokenizer != "bytes":
         return None
     return f"less than the {BYTE_VOCABULARY} tokens of the tokenizer bytes"
+
+
+@rule("data.tokenizer")
+def _tokenizer_is_known(config: Config, ranks: int) -> str | None:
+    name = config.data.tokenizer
+    if name in NAMES or "/" in name or name.endswith(".json"):
+        return None
+    return f"must be {', '.join(NAMES)} or the path of a tokenizer.json{nearest(name, list(NAMES))}"
 
 
 @rule("optimizer.decay", "optimizer.warmup", "optimizer.schedule")
