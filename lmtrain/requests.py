@@ -13,9 +13,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lmtrain.generate import START, Generation, Sampling
+from lmtrain.generate import START, Sampling
 from lmtrain.loss import default_chunk, token_losses
 from lmtrain.restore import Restored
+from lmtrain.together import Prompt, write_alone, write_together
 
 MOST_NEW = 256
 """Tokens of a continuation, unless the request says how many."""
@@ -73,7 +74,15 @@ class Requests:
         With the prompt come options: until, max_gen_toks; do_sample, temperature, top_k, top_p, without which it is the
         likeliest token each time. ValueError names another one.
         """
-        return [self._continuation(prompt, options, seed) for seed, (prompt, options) in enumerate(prompts)]
+        asked = [self._prompt(prompt, options, seed) for seed, (prompt, options) in enumerate(prompts)]
+        texts = [""] * len(asked)
+        self.model.eval()
+        with self.autocast():
+            for batch in self._prompt_batches([prompt for prompt, _ in asked]):
+                written = self._write([asked[index][0] for index in batch])
+                for index, ids in zip(batch, written, strict=True):
+                    texts[index] = self._until(ids, asked[index][1])
+        return texts
 
     def _pair(self, context: str, continuation: str) -> Row:
         """Spaces at the end of the context belong to the continuation, as tokens begin with them."""
@@ -120,24 +129,40 @@ class Requests:
             losses = token_losses(hidden, weight, targets)
             yield Answer(-float(losses.double().sum()), bool((torch.cat(likeliest) == targets).all()))
 
-    def _continuation(self, prompt: str, options: Mapping[str, Any], seed: int) -> str:
+    def _prompt(self, prompt: str, options: Mapping[str, Any], seed: int) -> tuple[Prompt, list[bytes]]:
+        """A prompt, and the words before which its continuation ends."""
         if unknown := sorted(set(options) - set(OPTIONS)):
             raise ValueError(f"{', '.join(unknown)}: no such option of a request; known: {', '.join(OPTIONS)}")
+        length = options.get("max_gen_toks", MOST_NEW)
+        if length < 1:
+            raise ValueError(f"max_gen_toks: at least 1 token, not {length}")
         until = options.get("until") or []
         stops = [word.encode() for word in ([until] if isinstance(until, str) else until)]
         sampling = Sampling(0.0)
         if options.get("do_sample", options.get("temperature", 0.0) > 0):
             sampling = Sampling(options.get("temperature", 1.0), options.get("top_k"), options.get("top_p"))
         ids = self._encode(prompt) if prompt else self._start()
-        generator = torch.Generator().manual_seed(seed)
-        length = options.get("max_gen_toks", MOST_NEW)
-        text = b""
-        with self.autocast():
-            pieces = Generation(self.model, self.tokenizer, ids[-self.max_length :], length, sampling, generator)
-            for piece in pieces:
-                text += piece
-                if any(stop in text for stop in stops):
-                    break
+
+        def ends(written: Sequence[int]) -> bool:
+            return any(stop in self.tokenizer.decode(np.array(written)) for stop in stops)
+
+        return Prompt(ids[-self.max_length :], length, ends, sampling, seed), stops
+
+    def _prompt_batches(self, prompts: list[Prompt]) -> Iterator[list[int]]:
+        """Indices of prompts of about equal length; one at a time for a model that reads all anew for each token."""
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
+        size = 1 if self.model.positions is not None else max(1, self.batch_tokens // (self.max_length + MOST_NEW))
+        return (order[first : first + size] for first in range(0, len(order), size))
+
+    def _write(self, prompts: list[Prompt]) -> list[list[int]]:
+        vocabulary = self.tokenizer.vocab_size
+        if self.model.positions is None:
+            return write_together(self.model, vocabulary, prompts)
+        return [write_alone(self.model, vocabulary, prompt) for prompt in prompts]
+
+    def _until(self, ids: list[int], stops: list[bytes]) -> str:
+        """The text before the first of the words."""
+        text = self.tokenizer.decode(np.array(ids))
         ends = [text.index(stop) for stop in stops if stop in text]
         return text[: min(ends, default=len(text))].decode(errors="replace")
 

@@ -124,6 +124,20 @@ class TestContinuations:
         (start,) = requests.continuations([("", {"max_gen_toks": 3, "do_sample": False, "temperature": 1.0})])
         assert start == b"".join(generate(model, requests.tokenizer, b"", length=3, temperature=0)).decode()
 
+    @pytest.mark.parametrize("settings", [{}, {"learned_positions": 64}])
+    def test_each_prompt_of_a_batch_is_written_on_as_it_would_be_alone(self, settings):
+        """Prompts of 1 to 9 letters, continuations of 1 to 20, greedy and drawn; with a table of positions, too."""
+        model = decoder("near+all", len(LETTERS), **settings)
+        options = [{"max_gen_toks": 1 + 7 * i % 20, "do_sample": i % 2 == 1, "temperature": 1.0} for i in range(9)]
+        asked = [("abcdefgha"[: 9 - i], each) for i, each in enumerate(options)]
+        for (prompt, each), text in zip(asked, requests_of(model).continuations(asked), strict=True):
+            assert len(text) == each["max_gen_toks"]
+            if not each["do_sample"]:
+                alone = generate(model, CharacterTokenizer(LETTERS), prompt.encode(), length=len(text), temperature=0)
+                assert text == b"".join(alone).decode()
+        small = requests_of(model, batch_tokens=1).continuations(asked)
+        assert small == requests_of(model).continuations(asked)
+
     def test_ends_before_the_first_stop(self, model):
         requests = requests_of(model)
         (whole,) = requests.continuations([("ab", {"max_gen_toks": 30})])
@@ -145,6 +159,8 @@ class TestContinuations:
     def test_an_unknown_option_is_named(self, model):
         with pytest.raises(ValueError, match="beams: no such option"):
             requests_of(model).continuations([("a", {"beams": 4})])
+        with pytest.raises(ValueError, match="max_gen_toks: at least 1 token, not 0"):
+            requests_of(model).continuations([("a", {"max_gen_toks": 0})])
 
 
 def test_bytes_that_are_no_character_are_shown():
