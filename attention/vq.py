@@ -14,8 +14,9 @@ heads, D and Dv widths of keys and values, 2F position features.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +52,7 @@ from attention.tail import SpanState
 
 NORM_EPS = 1e-6
 BASE = 10000.0  # of the wavelengths of position features
+Folded: TypeAlias = list[tuple[Tensor, Tensor]]  # (count, mean) of all codes, once or twice: see `VQ.beginnings`
 DEAD = 0.1  # of an equal share of the keys: a code with less moves to where the error is largest
 
 
@@ -177,40 +179,40 @@ class VQ(Mixer):
         """Outputs of the heads [B, H, T, Dv], from q [B, H, T, D], the quantised k [B, G, T, D] with its code [B, G,
         T], and v [B, G, T, Dv] of the new tokens. With a state: meets what it holds, and moves it on."""
         new = {"code": code[..., None], "v": v}
-        rows, carry, limit = new, None, None
+        rows, limit = new, None
+        carry: Folded = []
         if state is not None:
-            rows, carry, limit = state.tail.before(new, state.tail.size), state.folded, state.limit
+            rows, limit = state.tail.before(new, state.tail.size), state.limit
+            carry = state.folded
             kept = rows["code"][:, :, : state.tail.size, 0]
             k = torch.cat([look_up(self.codebook.means, kept).to(k.dtype), k], 2)
         elif clock.shard is not None:
             tail = EarlierTokens(clock, self.alike, lambda there: int(self.kept(there).max()))
-            carry = self.before_shard(code, v, clock)
+            carry = [self.before_shard(code, v, clock)]
             rows = tail.before({**new, "k": k})
-            k, rows["v"] = rows["k"], tied(rows["v"], carry[1])
+            k, rows["v"] = rows["k"], tied(rows["v"], carry[0][1])
         recent = with_earlier(clock, k.shape[2] - code.shape[2])
-        carried = carry is not None
+        carried = bool(carry)
         plan = clock.once((self.alike, carried, limit), lambda: self.plan(recent, limit, carried))
         content = (q + self.content_bias).to(v.dtype)
-        sets, prefix = [], None
+        sets, folded = [], None
         if plan.near is not None:
             sets.append(KeySet(content, k, rows["v"], plan.near, columns=self.features_of(q, v.dtype, clock, recent)))
         if plan.far is not None:
             sets.append(KeySet(content, k, rows["v"], plan.far))
         if plan.old is not None:
             code_BGNL, v_BGNLD = (plan.blocks.tokens(rows[name]) for name in ("code", "v"))
-            count, mean = prefix = code_prefix(
-                code_BGNL.squeeze(-1),
-                v_BGNLD,
-                self.config.codes,
-                fresh=plan.fresh,
-                whole=plan.blocks.whole,
-                carry=carry,
-            )
+            told = code_BGNL.squeeze(-1), v_BGNLD, self.config.codes
+            folded = [
+                code_prefix(*told, fresh=fresh, whole=plan.blocks.whole, carry=before)
+                for fresh, before in zip(plan.fresh, carry or itertools.repeat(None))
+            ]
+            count, mean = plan.elder(folded)
             entries = self.codebook.means.to(v.dtype)[None, :, None].expand(*count.shape, -1).flatten(2, 3)
             values, bias = mean.to(v.dtype).flatten(2, 3), count.log().flatten(2)
             sets.append(KeySet(content, entries, values, plan.old, bias))
         if state is not None:
-            state.go_on(new, prefix, clock, self.config.block)
+            state.go_on(new, folded, clock, self.config.block)
         return attend_union(sets, time=clock.query_time, scale=1.0)[0]
 
     def kept(self, clock: Clock) -> Tensor:
@@ -268,8 +270,21 @@ class VQ(Mixer):
             far=Lifetimes(middle, last) if not self.features or tokens > length + 1 else None,
             old=Lifetimes(birth, death) if tokens > 2 * length or (carried and tokens >= length) else None,
             blocks=blocks,
-            fresh=blocks.last == length - 1,
+            **self.beginnings(blocks, limit),
         )
+
+    def beginnings(self, blocks: Blocks, limit: int | None) -> dict[str, Any]:
+        """`fresh` and `second` of the `Plan`.
+
+        With a limit of M blocks there are two sums, begun anew with the blocks 0, 2M, 4M, .. and M, 3M, .. of a
+        document. The one begun earlier is read: it holds all blocks of the last M, and none that is 2M old.
+        """
+        fresh, number = blocks.last == self.config.block - 1, blocks.last // self.config.block
+        if limit is None:
+            return {"fresh": (fresh,), "second": None}
+        span = -(-limit // self.config.block)
+        place = number % (2 * span)
+        return {"fresh": (fresh | (place == 0), fresh | (place == span)), "second": place < span}
 
     def statistics(self, k: Tensor, quantised: Tensor, code: Tensor) -> dict[str, Tensor]:
         """Of these tokens: the share of the codes that are used, and of how many equally likely ones they would be
@@ -294,8 +309,8 @@ class VQ(Mixer):
         self.codebook.step(skipped)
 
     def init_state(self, batch: int, limit: int | None = None) -> CodeState:
-        """An empty state for `batch` sequences. No token is met as itself after `limit` steps; what blocks hold of each
-        code, a constant size, is no token, and goes on to the end of the document."""
+        """An empty state for `batch` sequences. No token is met as itself after `limit` steps; with its code it goes
+        after one to two times as many."""
         weight = self.value.weight
         count = weight.new_zeros(batch, self.kv_heads, self.config.codes, dtype=floating(weight))
         return CodeState(count, count.new_zeros(*count.shape, self.value_dim), limit)
@@ -341,43 +356,58 @@ class VQ(Mixer):
 @dataclass(frozen=True, eq=False)
 class Plan:
     """Lifetimes int32 [B or 1, 1, ...] of R tokens with their features, of the same without, and of the codes that each
-    block N stands for; None where nobody could be alive. The blocks, and which are the first of their documents."""
+    block N stands for; None where nobody could be alive.
+
+    blocks   of these tokens
+    fresh    bool [B or 1, N], for each sum over earlier blocks: it begins anew with this block
+    second   bool [B or 1, N]: of two sums this block reads the second; None: there is one
+    """
 
     near: Lifetimes | None
     far: Lifetimes | None
     old: Lifetimes | None
     blocks: Blocks
-    fresh: Tensor
+    fresh: tuple[Tensor, ...]
+    second: Tensor | None
+
+    def elder(self, folded: Folded) -> tuple[Tensor, Tensor]:
+        """Of each block the sum that it reads: count [B, G, N, S] and mean [B, G, N, S, Dv]."""
+        if self.second is None:
+            return folded[0]
+        of_one, of_two = folded
+        second = self.second[:, None, :, None]
+        return torch.where(second, of_two[0], of_one[0]), torch.where(second[..., None], of_two[1], of_one[1])
 
 
 class CodeState(SpanState):
     """The tokens of the last one or two blocks, as (code, v), and what the blocks before them hold of each code.
 
-    folded: count [B, G, S] and mean [B, G, S, Dv]
+    folded: count [B, G, S] and mean [B, G, S, Dv]; with a limit two of each, which begin anew in turn
     """
 
     def __init__(self, count: Tensor, mean: Tensor, limit: int | None = None) -> None:
         super().__init__(len(count), count.device, limit)
-        self.folded = count, mean
+        self.folded: Folded = [(count, mean)] * (1 if limit is None else 2)
 
-    def go_on(self, new: dict[str, Tensor], prefix: tuple[Tensor, Tensor] | None, clock: Clock, length: int) -> None:
+    def go_on(self, new: dict[str, Tensor], prefixes: Folded | None, clock: Clock, length: int) -> None:
         """The new tokens are done. Of the complete blocks of `length` tokens keep the last one, and fold the others:
         they are the prefix of that one, count [B, G, N, S] and mean. None: no block is complete."""
         tokens, position = self.tail.size + clock.time.shape[1], clock.position[:, -1] + 1
-        if prefix is not None:
+        if prefixes is not None:
             # Where none is complete any will do: the next complete block is the first of its document.
             last = (tokens - length - position % length).clamp(min=0) // length
             row = torch.arange(len(self.kept_B), device=last.device)
-            count, mean = (x.detach()[row, :, last].clone() for x in prefix)
-            self.folded = count, mean
+            self.folded = [
+                (count.detach()[row, :, last].clone(), mean.detach()[row, :, last].clone()) for count, mean in prefixes
+            ]
         self.keep(new, position % length + torch.where(position < length, 0, length), clock)
 
     @property
     def bytes(self) -> int:
         """Bytes of what is kept, over all sequences."""
-        return super().bytes + sum(x.nbytes for x in self.folded)
+        return super().bytes + sum(x.nbytes for one in self.folded for x in one)
 
     @property
     def capacity(self) -> int:
         """Bytes allocated, padding included."""
-        return super().capacity + sum(x.nbytes for x in self.folded)
+        return super().capacity + sum(x.nbytes for one in self.folded for x in one)

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from lmtrain.bench.measure import Name, environment, timed_in_turn
+from lmtrain.hardware import pick_device
 
 
 def alternated(runs: Mapping[Name, Callable[[], Any]], repeats: int) -> dict[Name, float]:
     """Median seconds of each run; one warm-up each, then in turn."""
+    pick_device()  # memory is kept as in training
     for run in runs.values():
         run()
     return {name: timing.median for name, timing in timed_in_turn(runs, repeats).items()}

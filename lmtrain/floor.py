@@ -21,9 +21,10 @@ from torch import Tensor
 
 from attention.mixer import MIXERS, build
 from lmtrain.config import Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
+from lmtrain.hardware import pick_device
 from lmtrain.model import DecoderLM
 from lmtrain.schedule import learning_rate
-from lmtrain.setup import build_engine, build_model, pick_device
+from lmtrain.setup import build_engine, build_model
 from lmtrain.table import table
 
 VOCABULARY, LENGTH, BATCH, STEPS, DIM = 4, 32, 64, 1500, 48

@@ -13,9 +13,10 @@ from lmtrain.checkpoint import Checkpoint
 from lmtrain.checkpoint.manifest import STEP_FOLDER
 from lmtrain.checkpoint.shelf import candidates
 from lmtrain.config import Config, load, reload
+from lmtrain.hardware import pick_device
 from lmtrain.model import DecoderLM
 from lmtrain.run import environment
-from lmtrain.setup import build_data, build_model, pick_device, with_vocabulary
+from lmtrain.setup import build_data, build_model, with_vocabulary
 from parallel.engine import DTYPES, autocast
 
 

@@ -77,11 +77,6 @@ def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
     return replace(config, model=replace(config.model, vocab_size=tokenizer.vocab_size))
 
 
-def pick_device() -> torch.device:
-    """The GPU of this process if there is one, else the CPU."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
 def build_model(config: Config, device: torch.device) -> DecoderLM:
     """The model with fresh weights drawn from run.seed, in float32."""
     torch.manual_seed(config.run.seed)

@@ -26,7 +26,7 @@ from lmtrain import config as configuration
 from lmtrain.board import Board
 from lmtrain.config import Config
 from lmtrain.evaluate import Evaluation, EvaluationStopped, evaluate, evaluate_carried
-from lmtrain.hardware import peak_flops, peak_memory
+from lmtrain.hardware import peak_flops, peak_memory, pick_device
 from lmtrain.progress import Nowhere, Pace, Progress, Stopwatch, step_line
 from lmtrain.resume import choose, refuse_others
 from lmtrain.run import RunDirectory, RunFolder
@@ -39,7 +39,6 @@ from lmtrain.setup import (
     build_engine,
     build_model,
     make_loader,
-    pick_device,
     run_folder,
     with_vocabulary,
 )

@@ -15,7 +15,7 @@ import torch
 from attention.mixer import MIXERS, nearest, read_settings
 from lmtrain.config import Config, Problem, load, reload
 from lmtrain.config.problems import COMMAND_LINE
-from lmtrain.setup import pick_device
+from lmtrain.hardware import pick_device
 
 DEFAULT = Path(__file__).with_name("default.yaml")
 FILES = JSON, CSV, PLOT = "bench.json", "bench.csv", "bench.svg"

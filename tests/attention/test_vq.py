@@ -196,24 +196,28 @@ def test_what_codes_hold_leaves_with_the_document() -> None:
     mixer, x = ready().eval(), tokens(60)
     state = mixer.init_state(2)
     mixer(x[:, :23], None, state)
-    assert state.folded[0].sum() == 2 * 2 * 16
+    assert state.folded[0][0].sum() == 2 * 2 * 16
     positions = torch.stack([torch.arange(23, 60), torch.arange(37)])
     y = mixer(x[:, 23:], Context(positions=positions), state).y
     same(y[:1], mixer(x[:1]).y[:, 23:])
     same(y[1:], mixer(x[1:, 23:]).y)
-    assert state.folded[0].sum((1, 2)).tolist() == [2 * 56, 2 * 32]
+    assert state.folded[0][0].sum((1, 2)).tolist() == [2 * 56, 2 * 32]
 
 
+@pytest.mark.parametrize("limit", [3, 4, 7, 13])
+@pytest.mark.parametrize("chunk", [1, 9, 60])
 @torch.no_grad()
-def test_a_limit_hides_tokens_and_keeps_what_codes_hold() -> None:
-    """By 3 tokens, of blocks of 4: each query meets itself, two before, and the codes of the blocks before the last."""
-    mixer, x = ready(positions="none").eval(), tokens(30)
-    state = mixer.init_state(2, limit=3)
-    ours = torch.cat([mixer(x[:, t : t + 1], None, state).y for t in range(30)], 1)
+def test_a_limit_hides_tokens_and_then_what_codes_hold(limit: int, chunk: int) -> None:
+    """Blocks of 4 tokens, a limit of M blocks: before the last two a query meets those of the last M to 2M, by code."""
+    mixer, x = ready(positions="none").eval(), tokens(60)
+    state = mixer.init_state(2, limit=limit)
+    ours = torch.cat([mixer(part, None, state).y for part in x.split(chunk, 1)], 1)
     q, k, v = ORACLE.vectors(mixer, x)
     key, value = (t.repeat_interleave(2, 1) for t in (ORACLE.quantised(mixer, k), v))
-    i, j = torch.arange(30)[:, None], torch.arange(30)[None]
-    met = triangle(30) & ((i - j < 3) | (j // 4 <= i // 4 - 2))
+    i, j = torch.arange(60)[:, None], torch.arange(60)[None]
+    folded, span = i // 4 - 1, -(-limit // 4)  # blocks that are no longer met token by token, and M
+    by_code = (j // 4 < folded) & (j // 4 >= span * (folded // span - 1))
+    met = triangle(60) & (((i - j < limit) & (j // 4 >= folded)) | by_code)
     logits = ((q + mixer.content_bias) @ key.mT).masked_fill(~met, -torch.inf)
     same(ours, ORACLE.output(mixer, x, logits.softmax(-1) @ value))
 
