@@ -78,14 +78,16 @@ def evaluate_run(run: Path, asked: Asked) -> Result:
 def compare_runs(a: Path, b: Path, asked: Asked) -> Comparison:
     """Compares two models, each a run, a checkpoint, or a result that `eval --by-document` kept.
 
-    What has to be scored is scored as the first is, or was; the rest as in `compare`.
+    Both are scored alike: as `asked`, or else as the configuration of the first says, or as it was. ValueError as of
+    `compare`, and for wishes where nothing is to be scored.
     """
+    if a.is_file() and b.is_file() and asked != Asked():
+        raise ValueError(f"{a} and {b} are kept: nothing is scored, so how has no effect; leave out all options")
     first = _row(a, asked)
     alike = replace(asked, documents=first["documents"])
-    if first["context"] is None:
-        alike = replace(alike, carry=True)
-    elif not asked.carry:
-        alike = replace(alike, context=first["context"], stride=first["stride"])
+    if not (a.is_file() and (asked.context or asked.stride or asked.carry)):
+        how = {"context": first["context"], "stride": first["stride"], "carry": first["context"] is None}
+        alike = replace(alike, **how)
     return compare(first, _row(b, alike))
 
 

@@ -119,9 +119,22 @@ def test_compare_two_runs_their_kept_results_and_another_tokenizer(folder, said)
     assert letters["nats_per_token"] is None
     assert letters["b"]["tokenizer"] == "characters"
     assert (letters["b"]["context"], letters["b"]["stride"]) == (32, 8)
+    carried = said("compare", kept[0], "@long", *BOOKS, "--carry", "--json")
+    assert (carried["a"]["scoring"], carried["b"]["scoring"]) == ("one-pass", "carried")
     text = said("compare", *kept)
     assert f"A - B = {bits['value']:+.4f} bits per byte, 95 % interval" in text
     assert "of 24 documents of text all; 2,000 resamples" in text
+
+
+def test_the_second_is_scored_as_the_first_whatever_its_own_settings(folder, said) -> None:
+    """Of context 16 and stride 4 by its configuration, and its documents apart."""
+    settings = ["eval.context=16", "eval.stride=4", "data.documents=reset", "train.steps=2", f"run.dir={folder}/apart"]
+    assert main(["train", str(folder / "tiny.yaml"), *tiny.settings(folder), *settings]) == 0
+    for first, second, how in [("@apart", "@short", (16, 4, "reset")), ("@short", "@apart", (32, 32, "concatenate"))]:
+        found = said("compare", first, second, *BOOKS, "--json")
+        assert [(row["context"], row["stride"], row["documents"]) for row in (found["a"], found["b"])] == [how] * 2
+    found = said("compare", "@short", "@apart", *BOOKS, "--stride", "8", "--json")
+    assert [(row["context"], row["stride"]) for row in (found["a"], found["b"])] == [(32, 8)] * 2
 
 
 def test_compare_with_the_state_carried(said) -> None:
@@ -135,6 +148,8 @@ def test_other_texts_are_refused(folder, capsys) -> None:
     words = [*BOOKS[:3], str(folder / "books")]
     assert main(["compare", str(kept), str(folder / "short"), *words]) == 2
     assert "their texts differ" in capsys.readouterr().err
+    assert main(["compare", str(kept), str(kept), "--context", "8"]) == 2
+    assert "nothing is scored, so how has no effect" in capsys.readouterr().err
     assert main(["compare", str(kept), str(folder / "tiny.yaml")]) == 2
     assert "not a result of lmtrain eval" in capsys.readouterr().err
 
