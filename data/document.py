@@ -6,7 +6,7 @@ import gzip
 import lzma
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,6 +23,8 @@ class AnyDocument(Protocol):
 
     @property
     def num_bytes(self) -> int: ...
+    @property
+    def title(self) -> str: ...
     def chunks(self) -> Iterator[bytes]: ...
     def part(self, first: int, last: int) -> AnyDocument: ...
     def locate(self, offset: int) -> str: ...
@@ -31,15 +33,20 @@ class AnyDocument(Protocol):
 
 @dataclass(frozen=True)
 class Document:
-    """Bytes [start, stop) of a file; those named .xz or .gz are decompressed, else no byte is changed."""
+    """Bytes [start, stop) of a file; those named .xz or .gz are decompressed, else no byte is changed.
+
+    title: what results of this document alone are called.
+    """
 
     path: Path
     start: int
     stop: int
+    title: str = ""
 
     @classmethod
-    def whole(cls, path: Path) -> Document:
-        return cls(path, 0, text_size(path))
+    def whole(cls, path: Path, title: str | None = None) -> Document:
+        """All of a file, by default under its name."""
+        return cls(path, 0, text_size(path), path.name if title is None else title)
 
     @property
     def num_bytes(self) -> int:
@@ -64,17 +71,17 @@ class Document:
 
     def part(self, first: int, last: int) -> Document:
         """Bytes [first, last) of this document."""
-        return Document(self.path, self.start + first, self.start + last)
+        return Document(self.path, self.start + first, self.start + last, self.title)
 
     def locate(self, offset: int) -> str:
         """Words for the byte `offset` of this document, for messages."""
         return f"{self.path}, byte {self.start + offset}"
 
     def identity(self) -> list[Any]:
-        """What changes when the bytes do, for JSON."""
+        """What changes when the bytes or the title do, for JSON."""
         path = self.path.resolve()
         status = file_status(path)
-        return [str(path), status.st_size, status.st_mtime_ns, self.start, self.stop]
+        return [str(path), status.st_size, status.st_mtime_ns, self.start, self.stop, self.title]
 
 
 @dataclass(frozen=True)
@@ -118,9 +125,11 @@ class WordCounter:
         self._inside = not text[-1].isspace()
 
 
-def whole_documents(files: Iterable[Path]) -> list[Document]:
-    """One document per file; empty files are left out."""
-    return [document for document in map(Document.whole, files) if document.num_bytes]
+def whole_documents(files: Sequence[Path]) -> list[Document]:
+    """One document per file, its title the path below the folder of all; empty files are left out."""
+    folder = os.path.commonpath([file.parent for file in files]) if files else ""
+    documents = (Document.whole(file, file.relative_to(folder).as_posix()) for file in files)
+    return [document for document in documents if document.num_bytes]
 
 
 def character_start(text: bytes, position: int) -> int:

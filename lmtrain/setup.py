@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from data.corpus import DEFAULT_VALIDATION, load_corpus
+from data.corpus import DEFAULT_VALIDATION, Corpus, load_corpus
 from data.loader import Batches, Loader
 from data.order import StreamOrder
 from data.shards import TokenDataset, prepare
 from data.tasks import TASKS, TaskDataset, TaskLoader
-from data.tokenizer import Tokenizer, build_tokenizer
+from data.tokenizer import Tokenizer
+from data.vocabulary import corpus_tokenizer
 from lmtrain import checkpoint
 from lmtrain.config import Config, OptimizerConfig, differences, reload
 from lmtrain.config.problems import Problem
@@ -50,10 +51,15 @@ def build_data(config: Config) -> Data:
     if config.data.corpus in TASKS:
         train = TaskDataset(config.task, "train", config.data.seq_len, config.run.seed)
         return Data(train.tokenizer, train, TaskDataset(config.task, "validation", config.data.seq_len))
-    corpus = load_corpus(config.data.corpus, config.data.path, config.data.validation, config.data.alphabet)
-    tokenizer = build_tokenizer(config.data.tokenizer, corpus.split("train"))
+    corpus = read_corpus(config)
+    tokenizer = corpus_tokenizer(config.data.tokenizer, corpus, config.data.vocab_size, config.data.cache)
     splits = (prepare(corpus, split, tokenizer, config.data.cache) for split in ("train", "validation"))
     return Data(tokenizer, *splits)
+
+
+def read_corpus(config: Config) -> Corpus:
+    """The corpus that the configuration names."""
+    return load_corpus(config.data.corpus, config.data.path, config.data.validation, config.data.alphabet)
 
 
 def read_split(config: Config, tokenizer: Tokenizer, on: str | None, path: str | None) -> TokenDataset:

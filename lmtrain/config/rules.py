@@ -10,6 +10,7 @@ import torch
 from attention.divisors import nearest_divisors
 from attention.mixer import MIXERS, nearest
 from data.tasks import TASKS
+from data.tokenizer import NAMES
 from lmtrain.config.problems import Problem
 from lmtrain.config.schema import Config
 from parallel.deepspeed_settings import deepspeed_settings
@@ -82,6 +83,12 @@ EFFECTS = [
             "eval.context": "the examples of a synthetic task are scored whole",
             "eval.stride": "the examples of a synthetic task are scored whole",
         }.items()
+    ),
+    Effect(
+        "data.vocab_size",
+        "data.tokenizer",
+        lambda c: c.data.tokenizer == "bpe",
+        "only the tokenizer bpe is made of a size that can be chosen",
     ),
     *(
         Effect(key, "parallel.engine", lambda c: c.parallel.engine == "deepspeed", "only deepspeed knows it")
@@ -195,6 +202,14 @@ def _vocabulary_is_held(config: Config, ranks: int) -> str | None:
         return None
     whose = config.data.corpus if config.data.corpus in TASKS else "the tokenizer bytes"
     return f"less than the {known} tokens of {whose}"
+
+
+@rule("data.tokenizer")
+def _tokenizer_is_known(config: Config, ranks: int) -> str | None:
+    name = config.data.tokenizer
+    if name in NAMES or "/" in name or name.endswith(".json"):
+        return None
+    return f"must be {', '.join(NAMES)} or the path of a tokenizer.json{nearest(name, list(NAMES))}"
 
 
 @rule("optimizer.decay", "optimizer.warmup", "optimizer.schedule")

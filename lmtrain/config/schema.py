@@ -60,7 +60,12 @@ class DataConfig:
     alphabet: int = setting(
         4, "letters of the corpus `iid`: at best it costs log2 of it bits per byte", at_least=2, at_most=26
     )
-    tokenizer: Literal["bytes", "characters"] = setting("bytes", "`bytes`, or the `characters` of the training text")
+    tokenizer: str = setting(
+        "bytes",
+        "`bytes`; the `characters` of the training text; `bpe`: pairs of bytes, learnt from it; or the path of a "
+        "tokenizer.json",
+    )
+    vocab_size: int = setting(32000, "tokens of the tokenizer bpe", at_least=257, at_most=1 << 20)
     seq_len: int = setting(1024, "tokens of a training sequence", at_least=1)
     documents: Literal["concatenate", "reset"] = setting(
         "concatenate", "`reset`: documents packed into one sequence do not see each other"

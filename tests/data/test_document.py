@@ -119,3 +119,12 @@ def test_character_start() -> None:
     assert [character_start(text, position) for position in range(len(text))] == [0, 1, 1, 1, 4, 4, 4, 4]
     assert character_start(b"\x80" * 9, 6) == 6  # five continuation bytes in a row belong to no character
     assert character_start(b"\x80\x80", 1) == 1
+
+
+def test_titles_are_paths_below_the_common_folder(tmp_path: Path) -> None:
+    for name in ("books/a.txt", "books/b/1.txt", "books/b/2.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("text")
+    documents = whole_documents(sorted(tmp_path.rglob("*.txt")))
+    assert [document.title for document in documents] == ["a.txt", "b/1.txt", "b/2.txt"]
+    assert Document.whole(tmp_path / "books/b/1.txt").part(1, 2).title == "1.txt"
