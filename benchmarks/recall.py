@@ -15,6 +15,7 @@ import argparse
 import json
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -144,8 +145,8 @@ def sentence(rows: list[dict[str, Any]]) -> str:
         mine = sorted((row for row in rows if row["task"] == task), key=lambda row: -row["accuracy"])
         if mine:
             told = ", ".join(f"`{row['mixer']}` {row['accuracy']:.2f}" for row in mine)
-            parts.append(f"{mine[0]['corpus']} after {mine[0]['steps']:,} steps: {told}.")
-    return "\n".join(parts)
+            parts.append(textwrap.fill(f"{mine[0]['corpus']} after {mine[0]['steps']:,} steps: {told}.", 120))
+    return "\n\n".join(parts)
 
 
 def put(page: Path, mark: str, text: str) -> None:
@@ -180,7 +181,7 @@ def report(root: Path = ROOT) -> None:
 
 
 def main() -> None:
-    """Train what is missing, task by task, and report after each run."""
+    """Train what is missing, mixer by mixer, and report after each run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", default=list(EVALUATIONS), choices=list(EVALUATIONS))
     parser.add_argument("--mixers", nargs="+", default=list(MIXERS), choices=list(MIXERS))
@@ -188,8 +189,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/recall"))
     parser.add_argument("--report", action="store_true", help="train nothing")
     arguments = parser.parse_args()
-    for task in [] if arguments.report else arguments.tasks:
-        for name in arguments.mixers:
+    for name in [] if arguments.report else arguments.mixers:
+        for task in arguments.tasks:
             done = [(row["task"], row["mixer"], row["seed"]) for row in read_results()]
             if (task, name, arguments.seed) not in done:
                 row = result(task, name, arguments.seed, arguments.folder)
