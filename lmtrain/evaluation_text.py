@@ -7,6 +7,7 @@ from lmtrain.table import table
 
 FEW = 3
 """Documents of each kind, the best and the worst, that are shown."""
+TITLE = 60  # characters
 
 
 def format_result(evaluation: Evaluation, by_document: bool = False) -> str:
@@ -60,7 +61,8 @@ def _document(part: Part | None) -> list[str]:
     if part is None:
         return ["...", *[""] * 5]
     words = ["", ""] if part.word_perplexity is None else [f"{part.word_perplexity:.6g}", f"{part.words:,}"]
-    return [part.title, f"{part.bits_per_byte:.4f}", words[0], f"{part.tokens:,}", f"{part.bytes:,}", words[1]]
+    title = "".join(c if c.isprintable() else " " for c in part.title)[:TITLE]
+    return [title, f"{part.bits_per_byte:.4f}", words[0], f"{part.tokens:,}", f"{part.bytes:,}", words[1]]
 
 
 def _three_columns(leak: Leak, columns: dict[str, Column]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -91,3 +92,11 @@ class TestReport:
             ["5", "0.3333"], ["3", "0.5000"], ["1", "0.6667"], ["2", "1.0000"], ["4", "2.0000"], ["6", "2.0000"],
         ]  # fmt: skip
         assert "by bits per byte" not in format_result(result)
+
+    def test_a_title_writes_nothing_else_on_the_terminal(self):
+        text = replace(TEXT, titles=["\x1b[2J\r\n" + "x" * 100])
+        shown = format_result(evaluate(bigram_model(), text, context=4, stride=4), by_document=True)
+        assert "\x1b" not in shown
+        assert "\r" not in shown
+        assert "x" * 53 in shown
+        assert "x" * 60 not in shown
