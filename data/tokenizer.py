@@ -204,7 +204,8 @@ def build_tokenizer(name: str, training_text: Split | None, vocab_size: int = 32
 
 def from_json(fields: dict[str, Any]) -> Tokenizer:
     """The tokenizer that `to_json` described; ValueError if the fields describe none."""
-    from data.bpe import BpeTokenizer  # it needs this module
+    from data.bpe import BpeTokenizer  # they need this module
+    from data.numbers import NumberTokenizer
 
     known: tuple[type[Tokenizer], ...] = (ByteTokenizer, CharacterTokenizer, BpeTokenizer, NumberTokenizer)
     for tokenizer in known:

@@ -118,9 +118,18 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         verb(
             "eval",
             _eval,
-            "score a text or a synthetic task with a trained model",
+            "score a text with a trained model",
             "runs/demo",
             "runs/demo --on text:all --path book.txt --json",
+        )
+    )
+    _add_compare(
+        verb(
+            "compare",
+            _compare,
+            "whether one model is better than another, or it was chance",
+            "runs/demo runs/wide",
+            "runs/demo runs/wide --on pg19:test --context 8192 --stride 512",
         )
     )
     _add_generate(
@@ -197,17 +206,34 @@ def _add_prepare(sub: argparse.ArgumentParser) -> None:
 
 def _add_eval(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("run_dir", type=Path, metavar="RUN", help="a run's folder, or one of its checkpoints")
-    sub.add_argument("--on", metavar="CORPUS[:SPLIT]", help="what to score (the run's own validation split)")
+    _add_protocol(sub, "the run's own validation split")
+    of_leaking = "of a model that selects ahead: how many prefixes are scored alone (as many as cost little)"
+    sub.add_argument("--prefixes", type=_positive, metavar="N", help=of_leaking)
+    sub.add_argument("--by-document", action="store_true", help="also the numbers of each document")
+    by_context = "also the loss of the same tokens at contexts of 128, 256, ... up to --context"
+    sub.add_argument("--by-context", action="store_true", help=by_context)
+    losses = "draw the losses by position and by context; of a task a heat map, also as .png"
+    sub.add_argument("--plot", type=Path, metavar="FILE.svg", help=losses)
+    sub.add_argument("--length", type=_lengths, metavar="N,N", help="of a task's examples (data.seq_len)")
+    sub.add_argument("--examples", type=_positive, metavar="N", help="of a task, for each length and depth")
+    sub.add_argument("--json", action="store_true", help="one JSON object on stdout")
+
+
+def _add_compare(sub: argparse.ArgumentParser) -> None:
+    for name, which in (("a", "one"), ("b", "the other")):
+        what = f"{which}: a run's folder, a checkpoint, or a file that eval --by-document kept"
+        sub.add_argument(name, type=Path, metavar=f"RUN_{name.upper()}", help=what)
+    _add_protocol(sub, "the validation split of the runs")
+    sub.add_argument("--json", action="store_true", help="one JSON object on stdout")
+
+
+def _add_protocol(sub: argparse.ArgumentParser, default: str) -> None:
+    """Which text is scored, and how."""
+    sub.add_argument("--on", metavar="CORPUS[:SPLIT]", help=f"what to score ({default})")
     sub.add_argument("--path", help="file of that corpus")
     sub.add_argument("--context", type=_positive, help="most tokens that a scored token may see")
     sub.add_argument("--stride", type=_positive, help="new tokens scored per window (context)")
     sub.add_argument("--carry", action="store_true", help="carry the state through the text; no windows")
-    of_leaking = "of a model that selects ahead: how many prefixes are scored alone (as many as cost little)"
-    sub.add_argument("--prefixes", type=_positive, metavar="N", help=of_leaking)
-    sub.add_argument("--length", type=_lengths, metavar="N,N", help="of a task's examples (data.seq_len)")
-    sub.add_argument("--examples", type=_positive, metavar="N", help="of a task, for each length and depth")
-    sub.add_argument("--plot", type=Path, metavar="FILE", help="of a task: draw a heat map, .svg or .png")
-    sub.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
 
 def _add_generate(sub: argparse.ArgumentParser) -> None:
@@ -302,32 +328,20 @@ def _prepare(arguments: argparse.Namespace) -> int:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
-    from lmtrain.evaluate import evaluate, evaluate_carried, format_result, write_result
+    from lmtrain.evaluate_run import Asked, evaluate_run
+    from lmtrain.evaluation_text import format_result
     from lmtrain.restore import open_run
-    from lmtrain.setup import read_split, read_task
-    from lmtrain.waiting import Waiting
+    from lmtrain.setup import read_task
 
     restored = open_run(arguments.run_dir)
     if (task := read_task(restored.config, restored.tokenizer, arguments.on)) is not None:
         return _eval_task(arguments, restored, task)
-    _refuse(arguments, ("length", "examples", "plot"), "for synthetic tasks only, such as --on passkey")
-    if arguments.carry and (arguments.context or arguments.stride):
-        raise ValueError("--carry reads the text once, without windows: it takes no --context and no --stride")
-    config = restored.config
-    dataset = read_split(config, restored.tokenizer, arguments.on, arguments.path)
-    how: dict[str, Any] = {"documents": config.data.documents, "autocast": restored.autocast}
-    if arguments.prefixes and restored.model.causality == "strict":
-        raise ValueError("--prefixes: this model is strict, its one pass is what every prefix says; leave it out")
-    if arguments.carry:
-        result = evaluate_carried(restored.model, dataset, seq_len=config.data.seq_len, carry=config.carry, **how)
-    else:
-        context = arguments.context or config.eval_context
-        stride = arguments.stride or (config.eval.stride if arguments.context is None else None) or context
-        how |= {"prefixes": arguments.prefixes, "watch": Waiting()}
-        result = evaluate(restored.model, dataset, context=context, stride=stride, **how)
-    _show(arguments, lambda: result.to_json(restored.checkpoint, restored.step), lambda: format_result(result))
-    kept = write_result(restored.run, result, checkpoint=restored.checkpoint, step=restored.step)
-    print(f"kept in {kept}", file=sys.stderr)
+    _refuse(arguments, ("length", "examples"), "for synthetic tasks only, such as --on passkey")
+    names = ("on", "path", "context", "stride", "carry", "prefixes", "by_document", "by_context", "plot")
+    asked = Asked(**{name: getattr(arguments, name) for name in names})
+    result = evaluate_run(restored, asked)
+    _show(arguments, lambda: result.row, lambda: format_result(result.evaluation, asked.by_document))
+    print(f"kept in {result.kept}", file=sys.stderr)
     return 0
 
 
@@ -336,30 +350,38 @@ def _eval_task(arguments: argparse.Namespace, restored: Restored, task: TaskData
     from lmtrain.heatmap import check_picture, draw_recall
     from lmtrain.recall import evaluate_recall, format_recall
 
-    _refuse(
-        arguments,
-        ("path", "context", "stride", "carry"),
-        f"for texts only; examples of {task.task.name} are scored whole",
-    )
+    for_texts = ("path", "context", "stride", "carry", "by_document", "by_context")
+    _refuse(arguments, for_texts, f"for texts only; examples of {task.task.name} are scored whole")
     if arguments.prefixes and restored.model.causality == "strict":
         raise ValueError("--prefixes: this model is strict, its one pass is what every prefix says; leave it out")
     if arguments.plot:
         check_picture(arguments.plot)
     how: dict[str, Any] = {"prefixes": arguments.prefixes, "autocast": restored.autocast}
     result = evaluate_recall(restored.model, task, arguments.length or [task.length], arguments.examples, **how)
+    row = result.to_json(restored.source)
+    kept = write_result(restored.run, result.name, row)
     if arguments.plot:
         draw_recall(result, arguments.plot)
-    _show(arguments, lambda: result.to_json(restored.checkpoint, restored.step), lambda: format_recall(result))
-    kept = write_result(restored.run, result, checkpoint=restored.checkpoint, step=restored.step)
+    _show(arguments, lambda: row, lambda: format_recall(result))
     print(f"kept in {kept}", file=sys.stderr)
     return 0
 
 
 def _refuse(arguments: argparse.Namespace, options: Sequence[str], reason: str) -> None:
     """ValueError for options that were given and have no effect here."""
-    given = [f"--{option}" for option in options if getattr(arguments, option)]
+    given = [f"--{option.replace('_', '-')}" for option in options if getattr(arguments, option)]
     if given:
         raise ValueError(f"{', '.join(given)}: {reason}")
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from lmtrain.evaluate_run import Asked, compare_runs
+
+    names = ("on", "path", "context", "stride", "carry")
+    asked = Asked(**{name: getattr(arguments, name) for name in names})
+    comparison = compare_runs(arguments.a, arguments.b, asked)
+    _show(arguments, comparison.to_json, comparison.format)
+    return 0
 
 
 def _generate(arguments: argparse.Namespace) -> int:

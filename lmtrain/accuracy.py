@@ -22,8 +22,8 @@ from torch import Tensor
 
 from data.tasks import TaskDataset
 from data.tasks.task import UNSCORED, Examples
-from lmtrain.evaluate import Autocast, ShouldStop, evaluating, poll
 from lmtrain.model import DecoderLM
+from lmtrain.scoring import Autocast, ShouldStop, evaluating, poll
 from parallel.world import ALONE, World
 
 PREFIXES = 1024

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from data.dataset import sha256_json
@@ -65,8 +64,8 @@ class Recall:
         """A file name that says what was asked."""
         return re.sub(r"[^A-Za-z0-9_.+-]", "_", f"{self.corpus}-{self.dataset.split}-{self.fingerprint[:8]}")
 
-    def to_json(self, checkpoint: Path | str | None = None, step: int | None = None) -> dict[str, Any]:
-        """The row of `eval --json`; `grid`: each cell, if there are several."""
+    def to_json(self, source: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The row of `eval --json`; `grid`: each cell, if there are several. source: `Restored.source`."""
         total = self.total
         row: dict[str, Any] = {
             "corpus": self.corpus,
@@ -79,8 +78,9 @@ class Recall:
             "word_perplexity": None,
             "bytes": None,
             "words": None,
-            "checkpoint": None if checkpoint is None else str(checkpoint),
-            "step": step,
+            "checkpoint": None,
+            "step": None,
+            **(source or {}),
         }
         if len(self.cells) > 1:
             row["grid"] = [

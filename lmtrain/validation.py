@@ -11,8 +11,9 @@ from data.shards import TokenDataset
 from data.tasks import TaskDataset
 from lmtrain.accuracy import Accuracy, evaluate_task
 from lmtrain.config import Config
-from lmtrain.evaluate import Autocast, Evaluation, evaluate, evaluate_carried
+from lmtrain.evaluate import Evaluation, evaluate, evaluate_carried
 from lmtrain.model import DecoderLM
+from lmtrain.scoring import Autocast
 from parallel.world import World
 
 

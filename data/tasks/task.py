@@ -12,8 +12,9 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
+from data.numbers import NumberTokenizer
 from data.tasks.draws import Draws
-from data.tokenizer import NumberTokenizer, Tokenizer
+from data.tokenizer import Tokenizer
 
 UNSCORED = -100  # torch's `ignore_index`
 

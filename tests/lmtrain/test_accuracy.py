@@ -132,7 +132,7 @@ def test_two_ranks_are_one_process(kind: dict[str, Any]) -> None:
 
 def test_passkeys_are_asked_at_each_depth_and_length() -> None:
     result = evaluate_recall(model(vocab_size=256), PASSKEY, [24, 40], examples=7)
-    row = result.to_json("checkpoints/step-3", 3)
+    row = result.to_json({"step": 3})
     assert row["corpus"] == "passkey-d2-t24+40"
     cells = row["grid"]
     assert [(cell["length"], cell["depth"]) for cell in cells] == [
