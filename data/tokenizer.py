@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -146,40 +145,6 @@ class CharacterTokenizer:
                 raise ValueError(f"{text.locate(offset + error.offset)}: {error.reason}") from None
             offset += len(chunk)
         return cls("".join(seen))
-
-
-class NumberTokenizer:
-    """Tokens that are no text, written as their numbers, each with a blank behind it: `17 0 203 `."""
-
-    name: ClassVar[str] = "numbers"
-
-    def __init__(self, vocab_size: int) -> None:
-        self.vocab_size = vocab_size
-
-    @property
-    def token_bytes(self) -> np.ndarray:
-        return np.array([len(str(number)) + 1 for number in range(self.vocab_size)], dtype=np.int64)
-
-    def encode(self, text: bytes) -> np.ndarray:
-        ids = []
-        for word in re.finditer(rb"\S+", text):
-            if not (word[0].isdigit() and int(word[0]) < self.vocab_size):
-                raise EncodingError(word.start(), f"{word[0].decode(errors='replace')!r} is no number of a token")
-            ids.append(int(word[0]))
-        return np.array(ids, dtype=token_dtype(self.vocab_size))
-
-    def decode(self, ids: np.ndarray) -> bytes:
-        return b"".join(b"%d " % number for number in checked_ids(ids, self.vocab_size))
-
-    def last_cut(self, text: bytes) -> int:
-        return text.rfind(b" ") + 1
-
-    def to_json(self) -> dict[str, Any]:
-        return {"name": self.name, "vocab_size": self.vocab_size}
-
-    @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> "NumberTokenizer":
-        return cls(fields["vocab_size"])
 
 
 NAMES = ("bytes", "characters", "bpe")
