@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 from attention.divisors import largest_divisor
+from data.mixture import MIXTURE
 from lmtrain.config import ConfigError, Problem
 from lmtrain.config.rules import broken_rules
 from lmtrain.setup import check_data, check_device
@@ -255,7 +256,8 @@ class Driver:
             self.say(f"{run.name}: trained")
             return
         scores = self.folder.path / "logs" / f"{run.folder}.eval.json"
-        ended = yield Start([sys.executable, *LMTRAIN, "eval", str(self.folder.of(run)), "--json"], scores)
+        on = [] if self.plan.spec.evaluate is None else ["--on", self.plan.spec.evaluate]
+        ended = yield Start([sys.executable, *LMTRAIN, "eval", str(self.folder.of(run)), *on, "--json"], scores)
         if self.stopping and ended.code:
             return
         if ended.timed_out:
@@ -303,6 +305,9 @@ def check_before(plan: Plan, processes: int = 1) -> None:
     for run in plan.runs:
         for problem in broken_rules(run.config, processes, set()):
             problems[replace(problem, where=run.name)] = None
+        if run.config.data.corpus == MIXTURE and plan.spec.evaluate is None:
+            message = "which text of a mixture is to be scored? write evaluate: NAME, as of lmtrain eval --on"
+            problems[Problem(plan.spec.name, "evaluate", message)] = None
         what = repr((run.config.data, run.config.model.vocab_size, run.config.train.dtype))
         if what not in seen:
             seen.add(what)

@@ -28,13 +28,13 @@ def collect(run: Run, spec: Spec, folder: Path, evaluation: dict[str, Any], comm
     """
     config = reload(folder)  # with the vocabulary, which the text decided
     length = config.data.seq_len
-    cost = model_cost(config.model, length)
+    cost = model_cost(config)
     loss = evaluation["loss"]
     if loss is None or not math.isfinite(loss):
         raise ValueError(f"the validation loss is {loss}")
     pace, memory = _training(read_metrics(folder), run)
     mixer = "" if spec.mixer_axis is None else str(run.axes[spec.mixer_axis])
-    states = {n: model_cost(config.model, n).cost.state_bytes for n in sorted({length, STATE_LENGTH})}
+    states = {n: model_cost(config, n).cost.state_bytes for n in sorted({length, STATE_LENGTH})}
     return RunResult(
         name=run.name,
         hash=run.hash,
@@ -48,7 +48,7 @@ def collect(run: Run, spec: Spec, folder: Path, evaluation: dict[str, Any], comm
         flops_per_token=cost.cost.flops / length,
         pairs=cost.cost.pairs / length,
         loss=loss,
-        bits_per_byte=evaluation["bits_per_byte"],
+        bits_per_byte=evaluation.get("bits_per_byte"),
         sparsity=run.sparsity,
         strict=evaluation["causality"] == "strict",
         seconds=run.tokens / pace,

@@ -14,7 +14,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from attention.mixer import Cost, build
-from lmtrain.config import BYTE_VOCABULARY, ModelConfig
+from lmtrain.config import Config, ModelConfig
 from lmtrain.model import pattern_of
 
 MATRICES_OF_FFN = {"swiglu": 3, "gelu": 2}
@@ -30,12 +30,13 @@ class ModelCost:
     strict: bool
 
 
-def model_cost(config: ModelConfig, length: int) -> ModelCost:
-    """The cost of one sequence of `length` tokens. A vocabulary not known yet counts as bytes.
+def model_cost(whole: Config, length: int | None = None) -> ModelCost:
+    """The cost of one sequence of `length` tokens, by default data.seq_len. A vocabulary not known yet is assumed.
 
     ValueError if a mixer cannot be made as configured.
     """
-    vocabulary = BYTE_VOCABULARY if config.vocab_size is None else config.vocab_size
+    config, vocabulary = whole.model, whole.assumed_vocabulary
+    length = whole.data.seq_len if length is None else length
     matrices = MATRICES_OF_FFN[config.ffn] * config.dim * config.hidden
     norms = (2 * config.layers + 1) * config.dim
     rows = vocabulary + (0 if config.tied else vocabulary) + (config.learned_positions or 0)

@@ -86,7 +86,7 @@ def cost_of(match: Match, config: Config) -> float:
     length = config.data.seq_len
     if match.equal == "flops" and match.accounting == "paper":
         return training_flops(config, paper_flops(config.model, length))
-    cost = model_cost(config.model, length).cost
+    cost = model_cost(config).cost
     if match.equal == "flops":
         return training_flops(config, cost.flops)
     return cost.parameters if match.equal == "parameters" else cost.state_bytes

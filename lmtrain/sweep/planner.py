@@ -20,8 +20,8 @@ from lmtrain.sweep.plan import Plan
 from lmtrain.sweep.runs import Run
 from lmtrain.sweep.spec import Label, Setting, Spec, read_spec
 
-NOT_HASHED = tuple(key for key in FREE_TO_CHANGE if key not in ("data.path", "eval"))
-"""What a result does not depend on: the path of the data and the protocol of evaluation do matter."""
+NOT_HASHED = tuple(key for key in FREE_TO_CHANGE if key not in ("data.path", "data.skip", "eval"))
+"""What a result does not depend on: which data are read and the protocol of evaluation do matter."""
 
 MOST_TOLD = 12
 """Problems; one mistake may spoil a thousand runs."""
@@ -103,7 +103,7 @@ class _Planner:
             words.append(f"{match.solve}={solved.value}")
             for problem in broken_rules(config, 1, set()):
                 raise ValueError(f"{match.solve} {solved.value}: {problem.statement}")
-        combination = _Combination(labels, tuple(words), model_cost(config.model, config.data.seq_len), solved)
+        combination = _Combination(labels, tuple(words), model_cost(config), solved)
         found = stages(config, self.spec.tokens, self.spec.cooldown)
         runs: list[Run] = []
         for seed in self.spec.seeds or (None,):
@@ -122,8 +122,8 @@ class _Planner:
             axes["seed"] = seed
             config, words = replace(config, run=replace(config.run, seed=seed)), [*words, f"run.seed={seed}"]
         name = self._name(axes) + (f"-trunk{config.train.steps}" if stage.tokens is None else "")
-        settings = fingerprint(config, NOT_HASHED)
-        digest = hashlib.sha256(f"{settings} {'' if parent is None else parent.hash}".encode()).hexdigest()
+        parts = [fingerprint(config, NOT_HASHED), "" if parent is None else parent.hash, self.spec.evaluate or ""]
+        digest = hashlib.sha256(" ".join(parts).encode()).hexdigest()
         return Run(
             name=name,
             hash=digest[:12],

@@ -93,7 +93,7 @@ class Constraint:
 class Spec:
     """A sweep as it was written. match: with the settings that make a run its own reference; seeds, tokens: empty if
     runs have those of the base; cooldown: share of a run, at its end, in which the rate falls; max_runs, max_flops:
-    what all runs together may be."""
+    what all runs together may be; evaluate: what is scored, if not the run's own validation split."""
 
     name: str
     base: str
@@ -107,6 +107,7 @@ class Spec:
     cooldown: float | None = None
     max_runs: int | None = None
     max_flops: float | None = None
+    evaluate: str | None = None
 
     @property
     def mixer_axis(self) -> str | None:
@@ -187,6 +188,7 @@ class _Reading:
             cooldown=cooldown,
             max_runs=self._take(parts, "max_runs", int),
             max_flops=self._take(parts, "max_flops", float),
+            evaluate=self._take(parts, "evaluate", str),
         )
 
     def _own(self, overrides: Sequence[str]) -> list[Setting]:

@@ -65,7 +65,7 @@ def test_the_published_heads_of_hybrids(size: str) -> None:
         assert abs(formula / 1e6 - millions[power]) < 1
         norms = (2 * layers + 1) * dim  # which the formula leaves out
         there = with_value(config, solved.key, solved.value)
-        assert model_cost(there.model, LENGTH).cost.parameters == formula + norms
+        assert model_cost(there).cost.parameters == formula + norms
     assert found == published
 
 
@@ -83,7 +83,7 @@ def test_the_dense_models_are_those_of_the_paper(size: str) -> None:
     assert solved.value == 4 * SIZES[size][1]
     assert round(solved.target / 3 / 1e9, 2) == GFLOPS[size]
     layers, dim, *_ = SIZES[size]
-    parameters = model_cost(dense(size).model, LENGTH).cost.parameters - (2 * layers + 1) * dim  # without norms
+    parameters = model_cost(dense(size)).cost.parameters - (2 * layers + 1) * dim  # without norms
     assert round(parameters / 1e6, 1) == DENSE_PARAMETERS[size]
 
 
@@ -116,7 +116,7 @@ def test_the_value_found_is_the_largest_that_costs_no_more() -> None:
             return with_value(config, key, value)
 
         def cost(config, equal: str = equal) -> float:
-            made = model_cost(config.model, LENGTH).cost
+            made = model_cost(config).cost
             steps = config.train.steps * config.train.batch_tokens
             return {"flops": 3 * made.flops / LENGTH * steps, "parameters": made.parameters}.get(
                 equal, made.state_bytes
@@ -151,7 +151,7 @@ def test_costs_are_those_of_the_model_that_is_made(name: str) -> None:
     with torch.device("meta"):
         made = DecoderLM(config.model)
     length = min(config.data.seq_len, 2048)
-    found = model_cost(config.model, length)
+    found = model_cost(config, length)
     assert found.cost == made.cost(length)
     assert found.strict == (made.causality == "strict")
     parts = [made.embedding, made.positions, made.head]
