@@ -11,6 +11,7 @@ from typing import Any
 
 from lmtrain.config import reload
 from lmtrain.run import read_metrics
+from lmtrain.run.rows import read_rows
 from lmtrain.sweep.cost import model_cost
 from lmtrain.sweep.match import training_flops
 from lmtrain.sweep.result import RunResult
@@ -32,7 +33,8 @@ def collect(run: Run, spec: Spec, folder: Path, evaluation: dict[str, Any], comm
     loss = evaluation["loss"]
     if loss is None or not math.isfinite(loss):
         raise ValueError(f"the validation loss is {loss}")
-    pace, memory = _training(read_metrics(folder), run)
+    pace = _pace(read_metrics(folder), run)
+    ends = [event["peak_memory"] for event in read_rows(folder / "events.jsonl") if event["event"] == "end"]
     mixer = "" if spec.mixer_axis is None else str(run.axes[spec.mixer_axis])
     states = {n: model_cost(config, n).cost.state_bytes for n in sorted({length, STATE_LENGTH})}
     return RunResult(
@@ -53,7 +55,7 @@ def collect(run: Run, spec: Spec, folder: Path, evaluation: dict[str, Any], comm
         strict=evaluation["causality"] == "strict",
         seconds=run.tokens / pace,
         tokens_per_second=pace,
-        peak_memory=memory,
+        peak_memory=max(ends, default=0),
         state_bytes={str(n): size for n, size in states.items()},
         parent=None if run.parent is None else run.parent.name,
         group=run.group,
@@ -63,15 +65,9 @@ def collect(run: Run, spec: Spec, folder: Path, evaluation: dict[str, Any], comm
     )
 
 
-def _training(rows: Sequence[dict[str, Any]], run: Run) -> tuple[float, int]:
-    """Tokens per second of its training steps, and the most bytes held, from the rows of its metrics.
-
-    Each row's pace is that of the tokens since the row before.
-    """
-    rows = [row for row in rows if row.get("tokens_per_second")]
+def _pace(rows: Sequence[dict[str, Any]], run: Run) -> float:
+    """Tokens per second of its training steps; each row of its metrics has that of the tokens since the row before."""
     begun = {"tokens": run.begins * run.config.train.batch_tokens}
-    seconds = sum(
-        (row["tokens"] - before["tokens"]) / row["tokens_per_second"] for before, row in pairwise([begun, *rows])
-    )
-    pace = (rows[-1]["tokens"] - begun["tokens"]) / seconds if seconds else 0.0
-    return pace, max((row.get("peak_memory", 0) for row in rows), default=0)
+    steps = [begun, *(row for row in rows if row.get("tokens_per_second"))]
+    seconds = sum((row["tokens"] - before["tokens"]) / row["tokens_per_second"] for before, row in pairwise(steps))
+    return (steps[-1]["tokens"] - begun["tokens"]) / seconds if seconds else 0.0

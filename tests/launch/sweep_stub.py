@@ -38,8 +38,9 @@ def main(plans: Path, verb: str, *words: str) -> None:
     config = Path(words[0]).read_text().replace("seq_len: 32", "seq_len: 32, path: text.txt")
     (folder / "config.yaml").write_text(config)
     (folder / "environment.json").write_text("{}")
-    row = {"step": steps, "tokens": steps * 128, "tokens_per_second": 64.0, "peak_memory": 1000}
+    row = {"step": steps, "tokens": steps * 128, "tokens_per_second": 64.0}
     (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    (folder / "events.jsonl").write_text('{"event": "end", "peak_memory": 1000}\n')
     (folder / "checkpoints" / f"step-{steps}").mkdir(parents=True)
     (folder / "status.json").write_text(json.dumps(status | {"state": "done", "step": steps}))
 
