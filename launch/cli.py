@@ -328,8 +328,8 @@ def _prepare(arguments: argparse.Namespace) -> int:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
-    from lmtrain.evaluate_run import Asked, evaluate_run
-    from lmtrain.evaluation_text import format_result
+    from lmtrain.evaluation.run import Asked, evaluate_run
+    from lmtrain.evaluation.words import format_result
     from lmtrain.restore import open_run
     from lmtrain.setup import read_task
 
@@ -346,9 +346,9 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 
 def _eval_task(arguments: argparse.Namespace, restored: Restored, task: TaskDataset) -> int:
-    from lmtrain.evaluation import write_result
-    from lmtrain.heatmap import check_picture, draw_recall
-    from lmtrain.recall import evaluate_recall, format_recall
+    from lmtrain.evaluation.heatmap import check_picture, draw_recall
+    from lmtrain.evaluation.recall import evaluate_recall, format_recall
+    from lmtrain.evaluation.result import write_result
 
     for_texts = ("path", "context", "stride", "carry", "by_document", "by_context")
     _refuse(arguments, for_texts, f"for texts only; examples of {task.task.name} are scored whole")
@@ -375,7 +375,7 @@ def _refuse(arguments: argparse.Namespace, options: Sequence[str], reason: str) 
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from lmtrain.evaluate_run import Asked, compare_runs
+    from lmtrain.evaluation.run import Asked, compare_runs
 
     names = ("on", "path", "context", "stride", "carry")
     asked = Asked(**{name: getattr(arguments, name) for name in names})

@@ -20,7 +20,7 @@ from typing import Protocol
 import numpy as np
 
 from data.windows import Window
-from lmtrain.evaluation import PositionLeak
+from lmtrain.evaluation.result import PositionLeak
 
 STRATUM_EDGES = 8 << np.arange(32)
 """A stratum holds the targets that saw more than one edge, and at most the next one."""

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 
 from lmtrain.generate import START, Sampling
+from lmtrain.harness.together import Prompt, write_alone, write_together
 from lmtrain.loss import default_chunk, token_losses
 from lmtrain.restore import Restored
-from lmtrain.together import Prompt, write_alone, write_together
 
 MOST_NEW = 256
 """Tokens of a continuation, unless the request says how many."""

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from lmtrain.evaluate import evaluate, evaluate_carried
-from lmtrain.evaluation import write_result
-from lmtrain.evaluation_text import format_result
-from tests.lmtrain.scoring import bigram_model, dataset_of
+from lmtrain.evaluation.evaluate import evaluate, evaluate_carried
+from lmtrain.evaluation.result import write_result
+from lmtrain.evaluation.words import format_result
+from tests.lmtrain.evaluation.scoring import bigram_model, dataset_of
 
 TEXT = dataset_of([0, 1, 2, 0, 0, 1])
 """Costs 8 bits for targets of 9 bytes, see test_evaluate.py."""

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from launch.cli import main
-from lmtrain.requests import Requests, rolling_rows
+from lmtrain.harness.requests import Requests, rolling_rows
 from lmtrain.restore import open_run
 from tests.lmtrain import tiny
 
@@ -45,10 +45,10 @@ def stand_in(monkeypatch: pytest.MonkeyPatch):
         module = ModuleType(name)
         vars(module).update(names)
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.delitem(sys.modules, "lmtrain.harness", raising=False)
-    importlib.import_module("lmtrain.harness")
+    monkeypatch.delitem(sys.modules, "lmtrain.harness.adapter", raising=False)
+    importlib.import_module("lmtrain.harness.adapter")
     yield known
-    sys.modules.pop("lmtrain.harness", None)
+    sys.modules.pop("lmtrain.harness.adapter", None)
 
 
 def asked(*arguments: Any) -> list[Any]:
@@ -69,9 +69,9 @@ def test_answers_as_the_harness_asks(run: Path, stand_in: dict[str, Any]) -> Non
 
 def test_without_the_harness_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    monkeypatch.delitem(sys.modules, "lmtrain.harness", raising=False)
+    monkeypatch.delitem(sys.modules, "lmtrain.harness.adapter", raising=False)
     with pytest.raises(ImportError, match=r"pip install 'lmtrain\[harness\]'"):
-        importlib.import_module("lmtrain.harness")
+        importlib.import_module("lmtrain.harness.adapter")
 
 
 @pytest.mark.parametrize("length", [1, 5, 8, 9, 23])
@@ -120,7 +120,7 @@ def test_tasks_of_the_real_one_run_on_a_checkpoint(run: Path, tmp_path: Path, mo
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    import lmtrain.harness  # noqa: F401
+    import lmtrain.harness.adapter  # noqa: F401
 
     questions = [{"question": "the quick", "answer": 0}, {"question": "over the", "answer": 1}]
     data = tmp_path / "data.jsonl"

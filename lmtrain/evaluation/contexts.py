@@ -10,9 +10,9 @@ from contextlib import nullcontext
 
 from data.dataset import TokenDataset
 from data.windows import Window
-from lmtrain.evaluation import ContextLoss
+from lmtrain.evaluation.result import ContextLoss
+from lmtrain.evaluation.scoring import Autocast, Scorer, Watch, evaluating, spans_of
 from lmtrain.model import DecoderLM
-from lmtrain.scoring import Autocast, Scorer, Watch, evaluating, spans_of
 from parallel.world import ALONE, World
 
 SHORTEST = 128

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from data.tasks import TaskDataset
 from data.tasks.task import UNSCORED, Examples
+from lmtrain.evaluation.scoring import Autocast, ShouldStop, evaluating, poll
 from lmtrain.model import DecoderLM
-from lmtrain.scoring import Autocast, ShouldStop, evaluating, poll
 from parallel.world import ALONE, World
 
 PREFIXES = 1024
@@ -109,7 +109,7 @@ def evaluate_task(
     """Asks the model the first so many examples of the split.
 
     prefixes: of a model that selects ahead, how many questions are asked at most (`PREFIXES`): it may see fewer
-    examples, but one at least. The rest is as in `lmtrain.evaluate`. ValueError: see `check_length`.
+    examples, but one at least. The rest is as in `lmtrain.evaluation.evaluate`. ValueError: see `check_length`.
     """
     check_length(model, dataset)
     strict = model.causality == "strict"

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from data.windows import Window, windows
-from lmtrain.evaluation import Leak
-from lmtrain.prefixes import FEWEST, MOST, Sample, Shapes
+from lmtrain.evaluation.prefixes import FEWEST, MOST, Sample, Shapes
+from lmtrain.evaluation.result import Leak
 
 PROTOCOLS = [(300, 300), (100, 100), (100, 7), (32, 32), (5, 1)]
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from lmtrain import contexts
-from lmtrain.contexts import evaluate_by_context
-from lmtrain.evaluate import evaluate
-from tests.lmtrain.scoring import bigram_model, decoder, peeking_model, random_dataset
+from lmtrain.evaluation import contexts
+from lmtrain.evaluation.contexts import evaluate_by_context
+from lmtrain.evaluation.evaluate import evaluate
+from tests.lmtrain.evaluation.scoring import bigram_model, decoder, peeking_model, random_dataset
 
 
 def by_hand(model, text, context, longest, shortest):

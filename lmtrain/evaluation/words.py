@@ -2,7 +2,7 @@
 
 import math
 
-from lmtrain.evaluation import ONE_PASS, SAMPLING, Column, ContextLoss, Evaluation, Leak, Part, Protocol
+from lmtrain.evaluation.result import ONE_PASS, SAMPLING, Column, ContextLoss, Evaluation, Leak, Part, Protocol
 from lmtrain.table import table
 
 FEW = 3

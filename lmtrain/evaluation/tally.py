@@ -5,8 +5,8 @@ import math
 import numpy as np
 
 from data.dataset import TokenDataset
-from lmtrain.evaluation import Bucket, Evaluation, Part, Protocol
-from lmtrain.scoring import Scored
+from lmtrain.evaluation.result import Bucket, Evaluation, Part, Protocol
+from lmtrain.evaluation.scoring import Scored
 
 BUCKET_EDGES = 64 << np.arange(32)
 

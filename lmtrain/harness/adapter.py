@@ -3,8 +3,8 @@
     python -m lmtrain.harness --model lmtrain --model_args run=runs/demo --tasks lambada_openai
 
 is `python -m lm_eval` with the model `lmtrain` known to it. Arguments: run, a run's folder or one of its checkpoints;
-max_length, batch_tokens as of `lmtrain.requests`. Batches are of equal tokens, so its --batch_size is not used, and
---device neither: the model is where `lmtrain eval` would have it.
+max_length, batch_tokens as of `lmtrain.harness.requests`. Batches are of equal tokens, so its --batch_size is not used,
+and --device neither: the model is where `lmtrain eval` would have it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ try:
 except ImportError as error:
     raise ImportError("lm-evaluation-harness is not installed: pip install 'lmtrain[harness]'") from error
 
-from lmtrain.requests import Requests
+from lmtrain.harness.requests import Requests
 from lmtrain.restore import open_run
 
 
@@ -50,14 +50,3 @@ class LMTrain(LM):
     def generate_until(self, requests: Iterable[Any], disable_tqdm: bool = False) -> list[str]:
         """A continuation of each (prompt, options)."""
         return self.requests.continuations(request.args for request in requests)
-
-
-def main() -> None:
-    """The command line of the harness."""
-    from lm_eval.__main__ import cli_evaluate
-
-    cli_evaluate()
-
-
-if __name__ == "__main__":
-    main()

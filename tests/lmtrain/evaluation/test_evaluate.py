@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-import lmtrain.scoring as scoring_module
-from lmtrain.evaluate import EvaluationStopped, evaluate, evaluate_carried
+import lmtrain.evaluation.scoring as scoring_module
+from lmtrain.evaluation.evaluate import EvaluationStopped, evaluate, evaluate_carried
 from lmtrain.loss import token_losses
-from tests.lmtrain.scoring import BIGRAM, PROTOCOLS, bigram_model, dataset_of, decoder, random_dataset
+from tests.lmtrain.evaluation.scoring import BIGRAM, PROTOCOLS, bigram_model, dataset_of, decoder, random_dataset
 
 
 class TestNumbers:

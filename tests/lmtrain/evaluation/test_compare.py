@@ -7,10 +7,10 @@ from itertools import product
 import numpy as np
 import pytest
 
-from lmtrain import compare as compare_module
-from lmtrain.compare import bootstrap, compare, read_row, text_sha256
-from lmtrain.evaluate import evaluate
-from tests.lmtrain.scoring import bigram_model, dataset_of, decoder, peeking_model
+from lmtrain.evaluation import compare as compare_module
+from lmtrain.evaluation.compare import bootstrap, compare, read_row, text_sha256
+from lmtrain.evaluation.evaluate import evaluate
+from tests.lmtrain.evaluation.scoring import bigram_model, dataset_of, decoder, peeking_model
 
 
 def row(nats, sizes=None, unit="document", **changes):

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from lmtrain.evaluation import Evaluation
+from lmtrain.evaluation.result import Evaluation
 
 
 def check(path: Path) -> None:

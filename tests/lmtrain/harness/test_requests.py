@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from data.tokenizer import ByteTokenizer, CharacterTokenizer
-from lmtrain.evaluate import evaluate
+from lmtrain.evaluation.evaluate import evaluate
 from lmtrain.generate import generate
-from lmtrain.requests import Requests, rolling_rows
-from tests.lmtrain.scoring import dataset_of, decoder, peeking_model
+from lmtrain.harness.requests import Requests, rolling_rows
+from tests.lmtrain.evaluation.scoring import dataset_of, decoder, peeking_model
 
 LETTERS = "\n abcdefgh"
 

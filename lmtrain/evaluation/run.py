@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from data.dataset import TokenDataset
-from lmtrain import evaluation_plot
-from lmtrain.compare import Comparison, compare, read_row, text_sha256
-from lmtrain.contexts import evaluate_by_context
-from lmtrain.evaluate import Evaluation, evaluate, evaluate_carried
-from lmtrain.evaluation import write_result
+from lmtrain.evaluation import plot as evaluation_plot
+from lmtrain.evaluation.compare import Comparison, compare, read_row, text_sha256
+from lmtrain.evaluation.contexts import evaluate_by_context
+from lmtrain.evaluation.evaluate import Evaluation, evaluate, evaluate_carried
+from lmtrain.evaluation.result import write_result
 from lmtrain.restore import Restored, open_run
 from lmtrain.setup import read_split
 from lmtrain.waiting import Waiting

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from lmtrain.config import ModelConfig
-from lmtrain.evaluate import evaluate
-from lmtrain.evaluation_text import format_result
+from lmtrain.evaluation.evaluate import evaluate
+from lmtrain.evaluation.words import format_result
 from lmtrain.model import DecoderLM
-from tests.lmtrain.scoring import decoder, peeking_model, random_dataset
+from tests.lmtrain.evaluation.scoring import decoder, peeking_model, random_dataset
 
 
 class TestSelectsAhead:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lmtrain.recall import Recall, rows_of, variant_names
+from lmtrain.evaluation.recall import Recall, rows_of, variant_names
 
 FORMATS = (".svg", ".png")
 

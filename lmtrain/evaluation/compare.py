@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from data.dataset import TokenDataset
-from lmtrain.tally import FEW_DOCUMENTS
+from lmtrain.evaluation.tally import FEW_DOCUMENTS
 
 RESAMPLES = 2000
 SEED = 0

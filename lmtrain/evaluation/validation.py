@@ -9,11 +9,11 @@ from typing import Any
 
 from data.shards import TokenDataset
 from data.tasks import TaskDataset
-from lmtrain.accuracy import Accuracy, evaluate_task
 from lmtrain.config import Config
-from lmtrain.evaluate import Evaluation, evaluate, evaluate_carried
+from lmtrain.evaluation.accuracy import Accuracy, evaluate_task
+from lmtrain.evaluation.evaluate import Evaluation, evaluate, evaluate_carried
+from lmtrain.evaluation.scoring import Autocast
 from lmtrain.model import DecoderLM
-from lmtrain.scoring import Autocast
 from parallel.world import World
 
 

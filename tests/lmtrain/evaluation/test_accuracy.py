@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from data.tasks import TASKS, TaskDataset
-from lmtrain.accuracy import evaluate_task
 from lmtrain.config import ModelConfig
-from lmtrain.evaluate import EvaluationStopped
+from lmtrain.evaluation.accuracy import evaluate_task
+from lmtrain.evaluation.evaluate import EvaluationStopped
+from lmtrain.evaluation.recall import evaluate_recall, format_recall
 from lmtrain.model import DecoderLM
-from lmtrain.recall import evaluate_recall, format_recall
 from parallel.world import ALONE, World
 from tests.processes import run_ranks
 

@@ -14,10 +14,9 @@ import numpy as np
 
 from data.dataset import TokenDataset
 from data.windows import Window, windows
-from lmtrain.evaluation import Bucket, Evaluation, Leak, Protocol
-from lmtrain.model import DecoderLM
-from lmtrain.prefixes import Sample, Shapes
-from lmtrain.scoring import (
+from lmtrain.evaluation.prefixes import Sample, Shapes
+from lmtrain.evaluation.result import Bucket, Evaluation, Leak, Protocol
+from lmtrain.evaluation.scoring import (
     Autocast,
     EvaluationStopped,
     Scorer,
@@ -30,7 +29,8 @@ from lmtrain.scoring import (
     score_batch,
     spans_of,
 )
-from lmtrain.tally import Tally
+from lmtrain.evaluation.tally import Tally
+from lmtrain.model import DecoderLM
 from parallel.world import ALONE, World
 
 __all__ = ["Evaluation", "EvaluationStopped", "evaluate", "evaluate_carried"]
@@ -57,8 +57,8 @@ def evaluate(
     first so many targets. batch_tokens, should_stop, watch, world: as of `Scorer`.
 
     The single pass of a model that selects ahead is no code length: such a model is scored prefix by prefix, at about
-    `prefixes` sampled targets (`lmtrain.prefixes`; None: as many as cost little). ValueError if nothing can be scored
-    or the protocol is impossible.
+    `prefixes` sampled targets (`lmtrain.evaluation.prefixes`; None: as many as cost little). ValueError if nothing can
+    be scored or the protocol is impossible.
     """
     if prefixes is not None and prefixes < 1:
         raise ValueError(f"--prefixes: at least 1 prefix, not {prefixes}")

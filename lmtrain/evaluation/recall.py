@@ -10,7 +10,7 @@ from typing import Any
 
 from data.dataset import sha256_json
 from data.tasks import TaskDataset
-from lmtrain.accuracy import Accuracy, check_length, evaluate_task
+from lmtrain.evaluation.accuracy import Accuracy, check_length, evaluate_task
 from lmtrain.model import DecoderLM
 from lmtrain.table import table
 

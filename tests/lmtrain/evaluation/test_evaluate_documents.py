@@ -6,9 +6,17 @@ import math
 import numpy as np
 import pytest
 
-from lmtrain import tally
-from lmtrain.evaluate import evaluate, evaluate_carried
-from tests.lmtrain.scoring import BIGRAM, bigram_model, dataset_of, decoder, peeking_model, random_dataset, stretch_of
+from lmtrain.evaluation import tally
+from lmtrain.evaluation.evaluate import evaluate, evaluate_carried
+from tests.lmtrain.evaluation.scoring import (
+    BIGRAM,
+    bigram_model,
+    dataset_of,
+    decoder,
+    peeking_model,
+    random_dataset,
+    stretch_of,
+)
 
 
 class TestPartAndDocuments:

@@ -3,9 +3,9 @@
 import pytest
 
 from lmtrain.config import ModelConfig
-from lmtrain.evaluate import evaluate, evaluate_carried
+from lmtrain.evaluation.evaluate import evaluate, evaluate_carried
 from lmtrain.model import DecoderLM
-from tests.lmtrain.scoring import bigram_model, dataset_of, decoder, peeking_model, random_dataset
+from tests.lmtrain.evaluation.scoring import bigram_model, dataset_of, decoder, peeking_model, random_dataset
 
 
 class TestCarried:
