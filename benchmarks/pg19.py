@@ -3,8 +3,8 @@
     python benchmarks/pg19.py [--books FOLDER] [--json FILE]
 
 Trains configs/pg19 on the books of $LMTRAIN_DATA, and scores the test books in FOLDER, which is laid out as PG-19 is
-(`test/NUMBER.txt`; default: those of $LMTRAIN_DATA), in disjoint windows of the training length and, as one stream, with
-the state of every mixer carried along. Runs are kept in a folder; a second call goes on where the first stopped.
+(`test/NUMBER.txt`; default: those of $LMTRAIN_DATA), in disjoint windows of the training length and, as one stream,
+with the state of every mixer carried along. Runs are kept in a folder; a second call goes on where the first stopped.
 """
 
 from __future__ import annotations
