@@ -1,0 +1,70 @@
+"""IsoFLOP parabolas: for each budget the size of least loss, and how it grows. For comparison only.
+
+They are biased even without noise: a parabola in ln N is not the law, and its minimum drifts with the sizes tried.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from lmtrain.scaling.forms import Array, distinct
+
+EQUAL = 0.1
+"""Budgets within this share of the smallest of them are one."""
+
+
+@dataclass(frozen=True)
+class Parabola:
+    """loss = c0 + c1 ln N + c2 (ln N)^2 over the runs of one budget of C FLOPs. best: its minimum, N.
+
+    None if it has none between the sizes that were tried: nothing was bracketed.
+    """
+
+    C: float
+    coefficients: tuple[float, float, float]
+    sizes: tuple[float, float]
+    best: float | None
+
+    def at(self, N: Array) -> Array:
+        """Losses, as drawn."""
+        return np.polynomial.polynomial.polyval(np.log(N), self.coefficients)
+
+
+@dataclass(frozen=True)
+class IsoFlop:
+    """A parabola for each budget with three sizes. exponent: of N*(C), from two budgets or more with a minimum."""
+
+    parabolas: tuple[Parabola, ...]
+    exponent: float | None
+
+
+def budgets(C: Array) -> list[Array]:
+    """Indices of runs of equal cost, cheapest first."""
+    groups: list[list[int]] = []
+    for index in np.argsort(C, kind="stable"):
+        if groups and C[index] <= C[groups[-1][0]] * (1 + EQUAL):
+            groups[-1].append(int(index))
+        else:
+            groups.append([int(index)])
+    return [np.array(group) for group in groups]
+
+
+def isoflop(N: Array, C: Array, loss: Array) -> IsoFlop:
+    """Of runs, [n] each."""
+    parabolas = tuple(_parabola(N[some], C[some], loss[some]) for some in budgets(C) if distinct(N[some]) >= 3)
+    ends = [(p.C, p.best) for p in parabolas if p.best is not None]
+    if len(ends) < 2:
+        return IsoFlop(parabolas, None)
+    return IsoFlop(parabolas, float(np.polyfit(*np.log(np.array(ends).T), 1)[0]))
+
+
+def _parabola(N: Array, C: Array, loss: Array) -> Parabola:
+    c = np.polynomial.polynomial.polyfit(np.log(N), loss, 2)
+    best = np.exp(-c[1] / (2 * c[2])) if c[2] > 0 else np.inf
+    sizes = (float(N.min()), float(N.max()))
+    inside = sizes[0] <= best <= sizes[1]
+    return Parabola(
+        float(np.exp(np.log(C).mean())), (float(c[0]), float(c[1]), float(c[2])), sizes, float(best) if inside else None
+    )
