@@ -48,7 +48,7 @@ def test_everything_that_is_wrong_is_told_at_once():
     content = RESULT.to_json() | {"loss": "1.5", "seed": True, "scoring": "guess", "colour": "red", "pairs": None}
     content["state_bytes"] = {"65536": "much"}
     del content["group"]
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match="group is missing") as error:
         RunResult.from_json(content, "here/result.json")
     message = str(error.value)
     assert message.startswith("here/result.json: ")
