@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from launch.report_cli import add_report, report
 from launch.sweep_cli import add_sweep
 from lmtrain import __version__
 
@@ -157,12 +158,14 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         verb(
             "sweep",
             None,
-            "many runs that differ in a few settings: plan them, run them, see how they stand",
+            "many runs that differ in a few settings: plan and run them, fit their laws, report",
             "plan sparsity data.path=enwik8",
             "run enwik8-mixers data.path=enwik8 --workers 2",
+            "report runs/enwik8-mixers",
         ),
         _positive,
     )
+    add_report(verb("report", report, "one page that compares finished runs", "runs/demo runs/wide --out compared"))
     return parser, dict(verbs.choices)
 
 

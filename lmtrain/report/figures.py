@@ -54,7 +54,7 @@ def variants_chart(collected: Collected, variants: Variants) -> Chart:
     ranked = sorted(places[place], key=lambda cell: cell.mean(collected.loss).value)
     series = [_row(collected, cell, row, variants.names.index(cell.variant)) for row, cell in enumerate(ranked)]
     rows = [cell.variant for cell in ranked]
-    title = f"Loss at {place}; bars: 95 % over seeds"
+    title = f"Loss and its 95 % over seeds: {place}"
     return Chart("variants", title, collected.unit.name, "", series, rows=rows)
 
 
@@ -81,18 +81,17 @@ def _point(collected: Collected, run: RunResult, x: float) -> Point:
 
 
 def _isoflop(collected: Collected, fit: MixerFit) -> Iterator[Chart]:
-    """Loss against size, a colour for each budget, with its parabola."""
+    """Loss against size at each budget with three sizes, and its parabola."""
     series: list[Series] = []
-    parabolas = {round(np.log(p.C), 1): p for p in fit.parabolas.parabolas}
-    for number, some in enumerate(budgets(np.array([run.flops for run in fit.runs]))):
-        runs = [fit.runs[index] for index in some]
-        C = float(np.exp(np.mean(np.log([run.flops for run in runs]))))
-        series.append(Series(f"{C:.2g} FLOPs", number, [_point(collected, run, run.parameters) for run in runs]))
-        if parabola := parabolas.get(round(np.log(C), 1)):
-            N = np.geomspace(*parabola.sizes, CURVE)
-            curve = [Point(x, y) for x, y in zip(N, parabola.at(N), strict=True)]
-            series.append(Series("", number, curve, marks=False, line=True, dashed=True))
-    if fit.parabolas.parabolas:
+    for number, parabola in enumerate(fit.parabolas.parabolas):
+        runs = [fit.runs[index] for index in parabola.members]
+        series.append(
+            Series(f"{parabola.C:.2g} FLOPs", number, [_point(collected, run, run.parameters) for run in runs])
+        )
+        N = np.geomspace(*parabola.sizes, CURVE)
+        curve = [Point(x, y) for x, y in zip(N, parabola.at(N), strict=True)]
+        series.append(Series("", number, curve, marks=False, line=True, dashed=True))
+    if series:
         title = f"{_name(collected, fit)}: IsoFLOP curves (parabolas are biased)"
         name = f"isoflop-{collected.mixers.index(fit.mixer)}"
         yield Chart(name, title, "parameters N", collected.unit.name, series, log_x=True)
@@ -110,7 +109,7 @@ def _law(collected: Collected, fit: MixerFit) -> Iterator[Chart]:
         series.append(Series(label, number, [_point(collected, run, run.tokens) for run in equal]))
         asked = Points.of(np.full(CURVE, size[0]), D, np.ones(CURVE), np.full(CURVE, size[1]))
         series.append(_curve(number, D, *law.predict(asked)))
-    title = f"{_name(collected, fit)}: the law, drawn to {BEYOND:g} times the tokens; bands: 90 % for the law"
+    title = f"{_name(collected, fit)}: the law and its 90 %, to {BEYOND:g} x the tokens"
     name = f"law-{collected.mixers.index(fit.mixer)}"
     yield Chart(name, title, "tokens D", collected.unit.name, series, log_x=True)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator
 from pathlib import Path
 
 from lmtrain.files import replace_bytes
@@ -23,11 +22,12 @@ MARK = "lmtrain report"
 def write_report(collected: Collected, folder: Path) -> tuple[Path, list[str]]:
     """Write page, fit.json, runs.csv, and each figure as SVG and PNG; returns the page, and what is missing and why.
 
-    A report that an earlier call left there is replaced. ValueError if the folder holds something else by that name.
+    A report that an earlier call left there is replaced. ValueError if the folder holds anything else.
     """
     target = folder / PAGE
-    if target.exists() and MARK not in target.read_text(errors="replace")[:1000]:
-        raise ValueError(f"{target} is there and no report of ours; move it away, or name another folder by --out")
+    ours = target.is_file() and MARK in target.read_text(errors="replace")[:1000]
+    if folder.exists() and not ours and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"--out {folder}: is there and holds no report of ours; name another folder")
     folder.mkdir(parents=True, exist_ok=True)
     fits = fit_sweep(collected)
     charts = figures(fits)
@@ -58,9 +58,3 @@ def to_csv(collected: Collected) -> str:
 def _inert(value: object) -> object:
     """A text that a spreadsheet would take for a formula is put behind an apostrophe."""
     return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@") else value
-
-
-def lines(page: Path, missing: list[str]) -> Iterator[str]:
-    """What the command line says."""
-    yield f"{page}: figures (SVG, PNG), runs.csv and fit.json lie beside it"
-    yield from missing

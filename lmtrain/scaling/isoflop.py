@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lmtrain.scaling.forms import Array, distinct
 
@@ -17,12 +18,13 @@ EQUAL = 0.1
 
 @dataclass(frozen=True)
 class Parabola:
-    """loss = c0 + c1 ln N + c2 (ln N)^2 over the runs of one budget of C FLOPs. best: its minimum, N.
+    """loss = c0 + c1 ln N + c2 (ln N)^2 over the runs of one budget of C FLOPs, of which `members` are the indices.
 
-    None if it has none between the sizes that were tried: nothing was bracketed.
+    best: its minimum, N; None if it has none between the sizes that were tried: nothing was bracketed.
     """
 
     C: float
+    members: tuple[int, ...]
     coefficients: tuple[float, float, float]
     sizes: tuple[float, float]
     best: float | None
@@ -40,7 +42,7 @@ class IsoFlop:
     exponent: float | None
 
 
-def budgets(C: Array) -> list[Array]:
+def budgets(C: Array) -> list[NDArray[np.int_]]:
     """Indices of runs of equal cost, cheapest first."""
     groups: list[list[int]] = []
     for index in np.argsort(C, kind="stable"):
@@ -53,18 +55,17 @@ def budgets(C: Array) -> list[Array]:
 
 def isoflop(N: Array, C: Array, loss: Array) -> IsoFlop:
     """Of runs, [n] each."""
-    parabolas = tuple(_parabola(N[some], C[some], loss[some]) for some in budgets(C) if distinct(N[some]) >= 3)
+    parabolas = tuple(_parabola(N, C, loss, some) for some in budgets(C) if distinct(N[some]) >= 3)
     ends = [(p.C, p.best) for p in parabolas if p.best is not None]
     if len(ends) < 2:
         return IsoFlop(parabolas, None)
     return IsoFlop(parabolas, float(np.polyfit(*np.log(np.array(ends).T), 1)[0]))
 
 
-def _parabola(N: Array, C: Array, loss: Array) -> Parabola:
-    c = np.polynomial.polynomial.polyfit(np.log(N), loss, 2)
-    best = np.exp(-c[1] / (2 * c[2])) if c[2] > 0 else np.inf
-    sizes = (float(N.min()), float(N.max()))
+def _parabola(N: Array, C: Array, loss: Array, some: NDArray[np.int_]) -> Parabola:
+    c0, c1, c2 = (float(c) for c in np.polynomial.polynomial.polyfit(np.log(N[some]), loss[some], 2))
+    best = float(np.exp(-c1 / (2 * c2))) if c2 > 0 else np.inf
+    sizes = (float(N[some].min()), float(N[some].max()))
+    cost = float(np.exp(np.log(C[some]).mean()))
     inside = sizes[0] <= best <= sizes[1]
-    return Parabola(
-        float(np.exp(np.log(C).mean())), (float(c[0]), float(c[1]), float(c[2])), sizes, float(best) if inside else None
-    )
+    return Parabola(cost, tuple(some.tolist()), (c0, c1, c2), sizes, best if inside else None)

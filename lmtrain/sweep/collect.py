@@ -32,7 +32,8 @@ def collect(run: Run, spec: Spec, folder: Path, evaluation: dict[str, Any], comm
     loss = evaluation["loss"]
     if loss is None or not math.isfinite(loss):
         raise ValueError(f"the validation loss is {loss}")
-    pace, memory = _training(read_metrics(folder), run)
+    begun = run.begins * run.config.train.batch_tokens
+    pace, memory = pace_and_memory(read_metrics(folder), begun)
     mixer = "" if spec.mixer_axis is None else str(run.axes[spec.mixer_axis])
     states = {n: model_cost(config.model, n).cost.state_bytes for n in sorted({length, STATE_LENGTH})}
     return RunResult(
@@ -63,15 +64,15 @@ def collect(run: Run, spec: Spec, folder: Path, evaluation: dict[str, Any], comm
     )
 
 
-def _training(rows: Sequence[dict[str, Any]], run: Run) -> tuple[float, int]:
-    """Tokens per second of its training steps, and the most bytes held, from the rows of its metrics.
+def pace_and_memory(rows: Sequence[dict[str, Any]], begun: int) -> tuple[float, int]:
+    """Tokens per second of training steps after the first `begun` tokens, and the most bytes held, from metrics.
 
     Each row's pace is that of the tokens since the row before.
     """
     rows = [row for row in rows if row.get("tokens_per_second")]
-    begun = {"tokens": run.begins * run.config.train.batch_tokens}
     seconds = sum(
-        (row["tokens"] - before["tokens"]) / row["tokens_per_second"] for before, row in pairwise([begun, *rows])
+        (row["tokens"] - before["tokens"]) / row["tokens_per_second"]
+        for before, row in pairwise([{"tokens": begun}, *rows])
     )
-    pace = (rows[-1]["tokens"] - begun["tokens"]) / seconds if seconds else 0.0
+    pace = (rows[-1]["tokens"] - begun) / seconds if seconds else 0.0
     return pace, max((row.get("peak_memory", 0) for row in rows), default=0)

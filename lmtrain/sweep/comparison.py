@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lmtrain.sweep.result import RunFailure, RunResult
+from lmtrain.sweep.result import VERSION, RunFailure, RunResult
 
 SAME_TOKENS = 1e-3
 """Of runs whose bytes per token differ by a larger share, tokenizers or texts differ."""
@@ -55,7 +56,8 @@ def read_sweep(folder: Path) -> Collected:
     """The results below a sweep's folder. ValueError with everything that is wrong there."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; `lmtrain sweep run` makes one with a folder for each run")
-    runs, failures, problems = [], [], []
+    name, problems = _marked(folder)
+    runs, failures = [], []
     for path in sorted(path for path in folder.iterdir() if path.is_dir()):
         try:
             run, failure = RunResult.read(path), RunFailure.read(path)
@@ -73,7 +75,20 @@ def read_sweep(folder: Path) -> Collected:
     if not runs:
         failed = f" ({len(failures)} failed)" if failures else ""
         raise ValueError(f"{folder}: no finished run in it{failed}; `lmtrain sweep status` says what is to be done")
-    return collect(folder.resolve().name, runs, failures)
+    return collect(name, runs, failures)
+
+
+def _marked(folder: Path) -> tuple[str, list[str]]:
+    """The name in the folder's sweep.json (else that of the folder), and what is wrong with that file."""
+    name, marker = folder.resolve().name, folder / "sweep.json"
+    try:
+        content = json.loads(marker.read_text())
+        version, name = content["version"], str(content["name"])
+    except FileNotFoundError:
+        return name, []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return name, [f"{marker}: not readable: {error}"]
+    return name, [] if version == VERSION else [f"{marker}: of version {version!r}, this lmtrain reads {VERSION}"]
 
 
 def collect(name: str, runs: Iterable[RunResult], failures: Iterable[RunFailure] = ()) -> Collected:
@@ -135,7 +150,7 @@ def axes_that_change(runs: Sequence[RunResult], of: Callable[[RunResult], Hashab
 
 def place(run: RunResult, without: set[str]) -> tuple[tuple[str, str], ...]:
     """The run's values on all other axes."""
-    return tuple(sorted((axis, repr(value)) for axis, value in run.axes.items() if axis not in without))
+    return tuple(sorted((axis, str(value)) for axis, value in run.axes.items() if axis not in without))
 
 
 def mixer_axes(runs: Sequence[RunResult]) -> set[str]:

@@ -58,10 +58,11 @@ class Variants:
         self._labels = {run.name: self._label(run) for run in runs}
         without = {"seed"} | mixer_axes(runs) | axes_that_change(runs, lambda run: run.seed)
         for mixer in collected.mixers:
-            without |= axes_that_change(collected.of(mixer), lambda run: run.sparsity)
-        self._without = without
+            without = without | axes_that_change(collected.of(mixer), lambda run: run.sparsity)
+        durations = axes_that_change(runs, lambda run: run.tokens) - axes_that_change(runs, lambda run: run.parameters)
+        self._without = without | durations
         cells: dict[tuple[str, str], list[RunResult]] = {}
-        for run in runs:
+        for run in sorted(runs, key=self._order):
             cells.setdefault((self._labels[run.name], self._place(run)), []).append(run)
         self.cells = [Cell(*key, tuple(found)) for key, found in cells.items()]
 
@@ -85,9 +86,10 @@ class Variants:
         return self._labels[run.name]
 
     def differences(self) -> list[Difference]:
-        """Of each variant from the baseline, place by place."""
+        """Of each variant from the baseline, place by place, then over all places where both were run."""
         cells = {(cell.variant, cell.place): cell for cell in self.cells}
-        found = []
+        found: list[Difference] = []
+        pooled: dict[str, list[float]] = {}
         for cell in self.cells:
             base = cells.get((self.baseline, cell.place))
             if base is None or cell.variant == self.baseline:
@@ -96,6 +98,11 @@ class Variants:
             pairs = [self._collected.loss(run) - theirs[run.seed] for run in cell.runs if run.seed in theirs]
             if pairs:
                 found.append(Difference(cell.variant, self.baseline, cell.place, mean_of(pairs)))
+                pooled.setdefault(cell.variant, []).extend(pairs)
+        if len(self.places) > 1:
+            found += [
+                Difference(variant, self.baseline, "all places", mean_of(pairs)) for variant, pairs in pooled.items()
+            ]
         return found
 
     def _label(self, run: RunResult) -> str:
@@ -104,5 +111,8 @@ class Variants:
         return name if len(sparsities) == 1 or run.sparsity is None else f"{name}, rho {run.sparsity:g}"
 
     def _place(self, run: RunResult) -> str:
-        axes = [f"{axis}={value}" for axis, value in place(run, self._without)]
+        axes = [f"{axis} {value}" for axis, value in place(run, self._without)]
         return ", ".join([*axes, f"{run.tokens:,} tokens"])
+
+    def _order(self, run: RunResult) -> tuple[Any, ...]:
+        return self._collected.mixers.index(run.mixer), run.sparsity or 0, run.parameters, run.tokens, run.name
