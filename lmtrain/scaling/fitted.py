@@ -13,6 +13,8 @@ from lmtrain.scaling.search import Laws, search
 LEVEL = 0.9
 """Of every interval here."""
 RESAMPLES = 300
+COARSE = 1e-4
+"""How finely the exponents of a resample are found: far below the width of any interval."""
 HELD_OUT = 0.2
 """Share of the runs, those with most FLOPs, that the held-out error leaves out."""
 HUBER = 2.5
@@ -98,7 +100,7 @@ def fit(
     law, weights = _robust(points, form) if robust else (search(form, points, np.ones((1, len(points)))), None)
     weights = np.ones(len(points)) if weights is None else weights
     counts = _resampled(points, form, resamples, np.random.default_rng(seed))
-    drawn = search(form, points, counts * weights, law.exponents[0], law.centre)
+    drawn = search(form, points, counts * weights, law.exponents[0], law.centre, COARSE)
     return Fitted(points, law, drawn, weights, held_out(points, form, robust=robust))
 
 

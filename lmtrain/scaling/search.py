@@ -60,10 +60,11 @@ def search(
     weights: Array,
     start: Array | None = None,
     centre: tuple[float, float] | None = None,
+    last_step: float = LAST_STEP,
 ) -> Laws:
     """The best law for each weighting of the runs, [R, n].
 
-    start: exponents [k] to begin at; without, the best of the form's grid.
+    start: exponents [k] to begin at; without, the best of the form's grid. last_step: how finely exponents are found.
     """
     centre = centre or points.centre
     exponents = np.stack([_best_of_grid(form, points, w, centre) for w in weights]) if start is None else start
@@ -71,7 +72,7 @@ def search(
     error = _solve(form, points, exponents, weights, centre)[1]
     step = np.full(len(weights), FIRST_STEP)
     directions = np.array([d for d in itertools.product((-1.0, 0.0, 1.0), repeat=exponents.shape[1]) if any(d)])
-    while (going := np.flatnonzero(step > LAST_STEP)).size:
+    while (going := np.flatnonzero(step > last_step)).size:
         around = _bounded(exponents[going, None] + step[going, None, None] * directions)
         errors = _solve(form, points, around, weights[going, None], centre)[1]
         best = errors.argmin(1)

@@ -184,7 +184,7 @@ def test_intervals_cover_in_a_few_repeats() -> None:
 
 @pytest.mark.slow
 def test_intervals_cover_nine_times_in_ten() -> None:
-    """Of 200 with 0.9 each: 180 with a standard deviation of 4.2; 164 to 196 leaves out one case in 5,000."""
+    """Of 200 with 0.9 each: 180 with a standard deviation of 4.2; 164 to 196 leaves out one case in 500."""
     hits = covered(200, 300)
     print({name: f"{count} of 200" for name, count in hits.items()})
     assert 164 <= hits["n*"] <= 196

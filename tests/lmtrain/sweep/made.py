@@ -60,8 +60,8 @@ def a_grid(
 
 def written(folder: Path, runs: Sequence[RunResult], failures: Sequence[RunFailure] = ()) -> Path:
     """The folder of a sweep that holds them."""
-    for record in (*runs, *failures):
-        place = folder / f"{record.name.replace('/', '_')[:40]}-{record.hash}"
+    for number, record in enumerate((*runs, *failures)):
+        place = folder / f"{record.name.replace('/', '_')[:40]}-{number}"
         place.mkdir(parents=True)
         record.write(place)
     return folder

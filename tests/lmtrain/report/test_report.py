@@ -1,0 +1,103 @@
+"""The page: complete in itself, everything escaped, nothing of others replaced."""
+
+import csv
+import json
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from launch.cli import main
+from lmtrain.report.chart import Point
+from lmtrain.report.figures import front
+from lmtrain.report.write import to_csv
+from lmtrain.sweep.comparison import collect
+from tests.lmtrain.sweep.made import a_failure, a_grid, a_run, written
+
+EVIL = "<script>alert(1)</script>"
+
+
+class Page(HTMLParser):
+    """Tags, attributes and texts of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sweep with its report: two mixers, three seeds, one law, sparsity, a failure, hostile names."""
+    runs = a_grid(sizes=(10**6, 2 * 10**6, 4 * 10**6, 8 * 10**6), tokens=(10**8, 2 * 10**8, 4 * 10**8, 8 * 10**8))
+    runs += a_grid(mixers=(EVIL,), sizes=(10**6,), tokens=(10**8,), sparsities=(2.0, 8.0), seeds=(1, 2, 3))
+    runs = [replace(run, command=f"train {EVIL}", environment={"gpu": EVIL}) for run in runs]
+    failure = a_failure(name=EVIL, reason=f"out of memory {EVIL}")
+    path = written(tmp_path_factory.mktemp("report") / "a<b>&c", runs, [failure])
+    assert main(["sweep", "report", str(path)]) == 0
+    return path / "report"
+
+
+def test_the_page_needs_nothing_else(folder: Path) -> None:
+    page = Page((folder / "report.html").read_text())
+    assert not {"script", "link", "img", "iframe", "object", "embed"} & set(page.tags)
+    assert not {"src", "href", "onload", "onerror"} & {name for name, _ in page.attributes}
+    assert not any("url(" in (value or "") for _, value in page.attributes)
+
+
+def test_the_page_says_all_that_it_must(folder: Path) -> None:
+    page = Page((folder / "report.html").read_text())
+    words = ["IsoFLOP", "L = E + A N^-a + B D^-b", "N*(C) grows as", "Loss against sparsity", "decode state at 65,536"]
+    words += [
+        "peak memory of training",
+        "seconds of training",
+        "seeds",
+        "±",
+        "out of memory",
+        "train <script>",
+        "a<b>&c",
+    ]
+    assert [word for word in words if word not in page.text] == []
+    assert page.tags.count("svg") >= 8
+
+
+def test_figures_and_tables_lie_beside_it(folder: Path) -> None:
+    drawn = {path.stem for path in folder.glob("*.svg")}
+    assert {"variants", "flops", "isoflop-1", "law-1", "best-size", "sparsity", "pareto-time"} <= drawn
+    with open(folder / "runs.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 16 + 6
+    assert {row["mixer"] for row in rows} == {"dense", EVIL}
+    assert json.loads((folder / "fit.json").read_text())["unit"] == "bits per byte"
+
+
+def test_a_report_is_replaced_and_nothing_else(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = str(folder.parent)
+    assert main(["sweep", "report", sweep]) == 0
+    (tmp_path / "runs.csv").write_text("mine")
+    assert main(["sweep", "report", sweep, "--out", str(tmp_path)]) == 2
+    assert "holds no report of ours" in capsys.readouterr().err
+    assert (tmp_path / "runs.csv").read_text() == "mine"
+
+
+def test_a_front_is_what_nobody_beats_in_both() -> None:
+    points = [Point(x, y) for x, y in [(1, 5), (2, 3), (2, 4), (3, 3), (4, 1), (5, 2)]]
+    beaten = {p for p in points for q in points if q != p and q.x <= p.x and q.y <= p.y}
+    assert front(points) == [p for p in points if p not in beaten]
+
+
+def test_a_cell_of_the_table_is_no_formula() -> None:
+    text = to_csv(collect("x", [a_run(name="=1+1", mixer="@x")]))
+    assert text.splitlines()[1].startswith("'=1+1,'@x,")
