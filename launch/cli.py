@@ -161,11 +161,12 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
             "many runs that differ in a few settings: plan and run them, fit their laws, report",
             "plan sparsity data.path=enwik8",
             "run enwik8-mixers data.path=enwik8 --workers 2",
-            "report runs/enwik8-mixers",
         ),
         _positive,
     )
-    add_report(verb("report", report, "one page that compares finished runs", "runs/demo runs/wide --out compared"))
+    add_report(
+        verb("report", report, "one page that compares finished runs", "runs/demo runs/wide", "runs/* --out compared")
+    )
     return parser, dict(verbs.choices)
 
 

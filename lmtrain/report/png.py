@@ -27,7 +27,8 @@ def draw(chart: Chart) -> bytes | None:
         for x0, y0, x1, y1 in series.whiskers:
             axes.plot([x0, x1], [y0, y1], color=colour)
         if series.band:
-            axes.fill_between(*zip(*series.band, strict=True), color=colour, alpha=0.16, linewidth=0)
+            x_band, low, high = zip(*series.band, strict=True)
+            axes.fill_between(x_band, low, high, color=colour, alpha=0.16, linewidth=0)
     if chart.rows:
         axes.set_yticks(range(len(chart.rows)), [_plain(name) for name in chart.rows])
     axes.set_xscale("log" if chart.log_x else "linear")

@@ -84,8 +84,8 @@ class _Plot:
             x = self.x(value)
             yield f'<path class="grid" d="M{x:.1f} {TOP}V{self.bottom}"/>'
             yield f'<text x="{x:.1f}" y="{self.bottom + 16}" text-anchor="middle">{short(value)}</text>'
-        names = dict(enumerate(chart.rows)) or {v: short(v) for v in ticks(*self.y_range, chart.log_y)}
-        for value, name in names.items():
+        names: list[tuple[float, str]] = [*enumerate(chart.rows)]
+        for value, name in names or [(tick, short(tick)) for tick in ticks(*self.y_range, chart.log_y)]:
             y = self.y(value)
             yield f'<path class="grid" d="M{self.left:.1f} {y:.1f}H{self.right}"/>'
             yield f'<text x="{self.left - 6:.1f}" y="{y + 4:.1f}" text-anchor="end">{safe(_cut(name, 34))}</text>'

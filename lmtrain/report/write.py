@@ -33,7 +33,7 @@ def write_report(collected: Collected, folder: Path) -> tuple[Path, list[str]]:
     charts = figures(fits)
     replace_bytes(folder / "runs.csv", to_csv(collected).encode())
     fits.write(folder)
-    missing = []
+    missing: list[str] = []
     for chart in charts:
         replace_bytes(folder / f"{chart.name}.svg", draw(chart, alone=True).encode())
         if (picture := png.draw(chart)) is not None:

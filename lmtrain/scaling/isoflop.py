@@ -5,6 +5,8 @@ They are biased even without noise: a parabola in ln N is not the law, and its m
 
 from __future__ import annotations
 
+import math
+import statistics
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,7 +33,8 @@ class Parabola:
 
     def at(self, N: Array) -> Array:
         """Losses, as drawn."""
-        return np.polynomial.polynomial.polyval(np.log(N), self.coefficients)
+        c0, c1, c2 = self.coefficients
+        return c0 + c1 * np.log(N) + c2 * np.log(N) ** 2
 
 
 @dataclass(frozen=True)
@@ -56,10 +59,11 @@ def budgets(C: Array) -> list[NDArray[np.int_]]:
 def isoflop(N: Array, C: Array, loss: Array) -> IsoFlop:
     """Of runs, [n] each."""
     parabolas = tuple(_parabola(N, C, loss, some) for some in budgets(C) if distinct(N[some]) >= 3)
-    ends = [(p.C, p.best) for p in parabolas if p.best is not None]
+    ends = [(math.log(p.C), math.log(p.best)) for p in parabolas if p.best is not None]
     if len(ends) < 2:
         return IsoFlop(parabolas, None)
-    return IsoFlop(parabolas, float(np.polyfit(*np.log(np.array(ends).T), 1)[0]))
+    cost, best = zip(*ends, strict=True)
+    return IsoFlop(parabolas, statistics.linear_regression(cost, best).slope)
 
 
 def _parabola(N: Array, C: Array, loss: Array, some: NDArray[np.int_]) -> Parabola:

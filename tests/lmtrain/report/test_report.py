@@ -2,7 +2,6 @@
 
 import csv
 import json
-from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,9 +12,8 @@ from lmtrain.report.chart import Point
 from lmtrain.report.figures import front
 from lmtrain.report.write import to_csv
 from lmtrain.sweep.comparison import collect
-from tests.lmtrain.sweep.made import a_failure, a_grid, a_run, written
-
-EVIL = "<script>alert(1)</script>"
+from tests.lmtrain.report.conftest import EVIL
+from tests.lmtrain.sweep.made import a_run, written
 
 
 class Page(HTMLParser):
@@ -34,18 +32,6 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.text += data
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sweep with its report: two mixers, three seeds, one law, sparsity, a failure, hostile names."""
-    runs = a_grid(sizes=(10**6, 2 * 10**6, 4 * 10**6, 8 * 10**6), tokens=(10**8, 2 * 10**8, 4 * 10**8, 8 * 10**8))
-    runs += a_grid(mixers=(EVIL,), sizes=(10**6,), tokens=(10**8,), sparsities=(2.0, 8.0), seeds=(1, 2, 3))
-    runs = [replace(run, command=f"train {EVIL}", environment={"gpu": EVIL}) for run in runs]
-    failure = a_failure(name=EVIL, reason=f"out of memory {EVIL}")
-    path = written(tmp_path_factory.mktemp("report") / "a<b>&c", runs, [failure])
-    assert main(["sweep", "report", str(path)]) == 0
-    return path / "report"
 
 
 def test_the_page_needs_nothing_else(folder: Path) -> None:
@@ -81,15 +67,15 @@ def test_figures_and_tables_lie_beside_it(folder: Path) -> None:
     assert json.loads((folder / "fit.json").read_text())["unit"] == "bits per byte"
 
 
-def test_a_report_is_replaced_and_nothing_else(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    sweep = str(folder.parent)
-    assert main(["sweep", "report", sweep]) == 0
-    (tmp_path / "runs.csv").write_text("mine")
-    assert main(["sweep", "report", sweep, "--out", str(tmp_path)]) == 2
+def test_a_report_is_replaced_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = str(written(tmp_path / "sweep", [a_run()]))
+    for _ in range(2):
+        assert main(["sweep", "report", sweep]) == 0
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/runs.csv").write_text("mine")
+    assert main(["sweep", "report", sweep, "--out", str(tmp_path / "mine")]) == 2
     assert "holds no report of ours" in capsys.readouterr().err
-    assert (tmp_path / "runs.csv").read_text() == "mine"
+    assert (tmp_path / "mine/runs.csv").read_text() == "mine"
 
 
 def test_a_front_is_what_nobody_beats_in_both() -> None:
