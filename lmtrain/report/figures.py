@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import numpy as np
 
@@ -41,9 +41,9 @@ def state_bytes(run: RunResult) -> float:
 Price = Callable[[RunResult], float]
 
 PRICES: tuple[tuple[str, str, Price], ...] = (
-    ("time", "seconds of training", lambda run: run.seconds),
-    ("memory", "peak memory of training, bytes", lambda run: float(run.peak_memory)),
-    ("state", f"decode state at {STATE_LENGTH:,} tokens, bytes", state_bytes),
+    ("time", "training time (seconds)", lambda run: run.seconds),
+    ("memory", "peak memory of training (bytes)", lambda run: float(run.peak_memory)),
+    ("state", f"decode state at {STATE_LENGTH:,} tokens (bytes)", state_bytes),
 )
 
 
@@ -174,8 +174,8 @@ def _pareto(collected: Collected, variants: Variants, name: str, what: str, of: 
         series.append(Series(variant, number, points))
         marks += points
     if len(marks) > 1:
-        best = Series("front", 0, front(marks), marks=False, line=True, dashed=True)
-        title = f"Pareto front: loss against {what.split(',')[0]}"
+        best = Series("front", 0, _steps(front(marks)), marks=False, line=True, dashed=True)
+        title = f"Pareto front: loss against {what.partition(' (')[0]}"
         yield Chart(f"pareto-{name}", title, what, collected.unit.name, [best, *series], log_x=True)
 
 
@@ -186,6 +186,12 @@ def front(points: Sequence[Point]) -> list[Point]:
         if not found or point.y < found[-1].y:
             found.append(point)
     return found
+
+
+def _steps(points: Sequence[Point]) -> list[Point]:
+    """A line that falls only where somebody stands: between two runs nobody has been."""
+    corners = [Point(after.x, before.y) for before, after in pairwise(points)]
+    return [*points[:1], *(point for pair in zip(corners, points[1:], strict=True) for point in pair)]
 
 
 def _name(collected: Collected, fit: MixerFit) -> str:

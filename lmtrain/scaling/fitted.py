@@ -128,15 +128,15 @@ def held_out(points: Points, form: Form = PLAIN, *, robust: bool = True) -> Arra
 def problems(points: Points, form: Form = PLAIN) -> list[str]:
     """Why these runs are too few for a law of this form, in words."""
     found = [
-        f"{distinct(values)} distinct {what}, at least {LEAST_DISTINCT} are needed"
+        f"{what}: {distinct(values)} distinct, at least {LEAST_DISTINCT} are needed"
         for what, values in (("sizes N", points.N), ("token counts D", points.D))
         if distinct(values) < LEAST_DISTINCT
     ]
     if len(points) <= form.unknowns:
-        found.append(f"{len(points)} runs for {form.unknowns} unknowns, at least {form.unknowns + 1} are needed")
+        found.append(f"runs: {len(points)} for {form.unknowns} unknowns, at least {form.unknowns + 1} are needed")
     if form is not PLAIN and not found:
         if distinct(points.rho) < 3:
-            found.append(f"{distinct(points.rho)} distinct sparsities, at least 3 are needed")
+            found.append(f"sparsities: {distinct(points.rho)} distinct, at least 3 are needed")
         elif abs(np.corrcoef(np.log(points.N), np.log(points.rho))[0, 1]) > COLLINEAR:
             found.append("N and sparsity rise together, so nobody can tell which of them moves the loss")
     return found
@@ -177,4 +177,4 @@ def _resampled(points: Points, form: Form, resamples: int, random: np.random.Gen
             drawn.append(counts)
         if len(drawn) == resamples:
             return np.stack(drawn)
-    raise ValueError(f"{names.size} independent runs: too few to draw resamples from; add sizes or seeds")
+    raise ValueError(f"independent runs: {names.size}, too few to draw resamples from; add sizes or seeds")

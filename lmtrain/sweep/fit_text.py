@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lmtrain.scaling import LEVEL, Fitted, distinct
@@ -21,10 +22,22 @@ def format_fits(fits: SweepFit) -> str:
     if c.claimed:
         names = ", ".join(run.name for run in c.claimed)
         blocks.append(f"left out, since one pass of a model that sees ahead is no code length: {names}")
-    blocks += [f"{fit.mixer or c.name}: {len(fit.runs)} runs\n" + _indented(fit_lines(fit)) for fit in fits.fits]
+    blocks += [f"{_names(same)}\n{_indented(fit_lines(same[0]))}" for same in _alike(fits.fits)]
     if fits.differences:
         blocks.append(differences_table(list(fits.differences), c.unit.name))
     return "\n\n".join(blocks)
+
+
+def _alike(fits: Sequence[MixerFit]) -> list[list[MixerFit]]:
+    """Each fit by itself, but those that failed for one reason together."""
+    groups: dict[str, list[MixerFit]] = {}
+    for fit in fits:
+        groups.setdefault("\n".join(fit_lines(fit)) if fit.refusal else fit.mixer, []).append(fit)
+    return list(groups.values())
+
+
+def _names(fits: list[MixerFit]) -> str:
+    return ", ".join(f"{fit.mixer or 'all'} ({len(fit.runs)} runs)" for fit in fits)
 
 
 def _indented(lines: list[str]) -> str:

@@ -46,7 +46,7 @@ def test_the_page_says_all_that_it_must(folder: Path) -> None:
     words = ["IsoFLOP", "L = E + A N^-a + B D^-b", "N*(C) grows as", "Loss against sparsity", "decode state at 65,536"]
     words += [
         "peak memory of training",
-        "seconds of training",
+        "training time (seconds)",
         "seeds",
         "±",
         "out of memory",

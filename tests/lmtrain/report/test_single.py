@@ -44,7 +44,7 @@ def test_a_page_of_runs(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert str(tmp_path / "out/report.html") in capsys.readouterr().out
     page = (tmp_path / "out/report.html").read_text()
     assert "a-1 and a-2 and b" in page
-    assert "1 distinct sizes N" in page or "2 distinct sizes N" in page
+    assert "token counts D: 1 distinct, at least 4 are needed" in page
     with open(tmp_path / "out/runs.csv", newline="") as file:
         assert [row["name"] for row in csv.DictReader(file)] == list(RUNS)
 

@@ -103,10 +103,10 @@ def test_the_sparsity_law_that_holds_is_chosen(form: Form, loss) -> None:
 
 def test_too_few_points_are_refused_in_words() -> None:
     N, D = grid(3, 3)
-    with pytest.raises(ValueError, match=r"3 distinct sizes N, at least 4.*3 distinct token counts D, at least 4"):
+    with pytest.raises(ValueError, match=r"sizes N: 3 distinct, at least 4.*token counts D: 3 distinct, at least 4"):
         fit(Points.of(N, D, losses(N, D)))
     line = np.geomspace(1e7, 1e9, 5)
-    with pytest.raises(ValueError, match="5 runs for 5 unknowns, at least 6"):
+    with pytest.raises(ValueError, match="runs: 5 for 5 unknowns, at least 6"):
         fit(Points.of(line, 20 * line, losses(line, 20 * line)))
 
 

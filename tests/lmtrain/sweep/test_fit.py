@@ -37,7 +37,7 @@ def test_numbers_of_the_json_are_those_of_the_losses(folder: Path, capsys: pytes
     assert mosa["laws"][0]["formula"] == "L = E + A (N rho^-g)^-a + B D^-b"
     assert mosa["laws"][0]["g"]["value"] == pytest.approx(0.3, abs=0.02)
     assert few["laws"] == []
-    assert "2 distinct sizes N, at least 4" in few["refusal"]
+    assert "sizes N: 2 distinct, at least 4" in few["refusal"]
 
 
 def test_the_text_has_no_number_of_a_law_without_its_interval(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -47,7 +47,7 @@ def test_the_text_has_no_number_of_a_law_without_its_interval(folder: Path, caps
     assert line.count(" to ") == 6
     assert "N*(C) grows as C^" in text
     assert "biased" in text
-    assert "too few points for L = E + A N^-a + B D^-b: 2 distinct sizes" in text
+    assert "too few points for L = E + A N^-a + B D^-b: sizes N: 2 distinct" in text
 
 
 def test_runs_at_a_worse_setting_are_no_points_of_the_law() -> None:
