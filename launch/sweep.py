@@ -34,6 +34,9 @@ Launcher = Literal["local", "torchrun", "deepspeed"]
 SOME_FAILED, STOPPED, WRONG, GAVE_UP = 3, 75, 2, 4
 """Exit codes of a sweep, and of a run that will not do better a second time."""
 
+LMTRAIN = ["-m", "lmtrain"]
+"""What Python is told to run."""
+
 PAUSE = 0.1
 SECONDS_TO_SAVE = 120.0
 """After SIGTERM, before a run is killed."""
@@ -252,7 +255,7 @@ class Driver:
             self.say(f"{run.name}: trained")
             return
         scores = self.folder.path / "logs" / f"{run.folder}.eval.json"
-        ended = yield Start([sys.executable, "-m", "lmtrain", "eval", str(self.folder.of(run)), "--json"], scores)
+        ended = yield Start([sys.executable, *LMTRAIN, "eval", str(self.folder.of(run)), "--json"], scores)
         if self.stopping and ended.code:
             return
         if ended.timed_out:
@@ -311,14 +314,13 @@ def check_before(plan: Plan, processes: int = 1) -> None:
 
 def launched(options: Options, words: Sequence[str]) -> list[str]:
     """The command that starts `lmtrain` with these words under the launcher."""
-    lmtrain = ["lmtrain", *words]
     if options.launcher == "torchrun":
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=0"]
-        return [*launcher, f"--nproc-per-node={options.processes}", "-m", *lmtrain]
+        return [*launcher, f"--nproc-per-node={options.processes}", "-m", "lmtrain", *words]
     if options.launcher == "deepspeed":
         launcher = [sys.executable, "-m", "deepspeed.launcher.runner", f"--num_gpus={options.processes}"]
-        return [*launcher, "--module", *lmtrain]
-    return [sys.executable, "-m", *lmtrain]
+        return [*launcher, "--module", "lmtrain", *words]
+    return [sys.executable, *LMTRAIN, *words]
 
 
 def environment(threads: int) -> dict[str, str]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lmtrain.config import reload, to_dict
+from lmtrain.config import Config, reload, to_dict
 from lmtrain.run import read_metrics, read_status
 from lmtrain.sweep.collect import STATE_LENGTH, pace_and_memory
 from lmtrain.sweep.comparison import Collected, collect
@@ -20,14 +20,14 @@ from lmtrain.sweep.runs import sparsity
 
 Row = dict[str, Any]
 PROTOCOL = ("corpus", "split", "fingerprint", "context", "stride", "scored_tokens")
-"""What two evaluations must share to be compared; rows of metrics.jsonl have a part of it."""
+"""What two evaluations must share to be compared."""
 
 
 def read_runs(folders: Sequence[Path]) -> Collected:
     """The runs in these folders, scored alike. ValueError with everything that is wrong with any.
 
-    Of each the evaluations of its last step count: those that `lmtrain eval` kept, if all runs were scored so in one
-    way, else the last one of training. Runs whose configurations differ in the seed alone are one variant.
+    Of each the evaluations of its last step count, of training or kept by `lmtrain eval`: in the way that all runs were
+    scored, of several in that with most tokens. Runs whose configurations differ in the seed alone are one variant.
     """
     if len(set(folders)) < len(folders):
         raise ValueError("one of the runs is named twice")
@@ -45,7 +45,7 @@ def read_runs(folders: Sequence[Path]) -> Collected:
         raise ValueError(
             f"no evaluation that all runs have in common:\n{ways}\nscore them alike: lmtrain eval RUN --context C"
         )
-    way = max(common, key=lambda way: (way[0] is not None, way[-1] or 0))
+    way = max(common, key=lambda way: way[-1] or 0)
     short = len({folder.resolve().name for folder in folders}) == len(folders)
     names = [folder.resolve().name if short else str(folder) for folder in folders]
     labels: dict[str, str] = {}
@@ -58,15 +58,23 @@ def _evaluations(folder: Path) -> dict[tuple[Any, ...], Row]:
     status = read_status(folder)
     if status is None:
         raise ValueError(f"{folder}: no run there; a run is named by its folder, which training says in its last line")
+    if status.state != "done":
+        raise ValueError(f"{folder}: {status.state} at step {status.step}; finish it first, lmtrain train goes on")
     found: dict[tuple[Any, ...], Row] = {}
     kept = [_read(path) for path in sorted((folder / "eval").glob("*.json"))]
-    rows = [row for row in read_metrics(folder) if "scored_tokens" in row]
+    rows = [_text(reload(folder)) | row for row in read_metrics(folder) if "scored_tokens" in row]
     for row in sorted([*rows, *kept], key=lambda row: row.get("step") or 0):
         if row.get("step") == status.step and row.get("loss") is not None and row.get("scoring") != "carried":
             found[tuple(row.get(name) for name in PROTOCOL)] = row
     if not found:
         raise ValueError(f"{folder}: its last step, {status.step}, was not scored; lmtrain eval {folder}")
     return found
+
+
+def _text(config: Config) -> Row:
+    """Which text the evaluations of training are of; their rows do not say it."""
+    data = config.data
+    return {"corpus": data.corpus, "fingerprint": f"validation={data.validation} of {data.path or 'the corpus'}"}
 
 
 def _read(path: Path) -> Row:

@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from attention.mixer import Cost, build
 from lmtrain.config import BYTE_VOCABULARY, ModelConfig
@@ -37,16 +39,27 @@ def model_cost(config: ModelConfig, length: int) -> ModelCost:
     matrices = MATRICES_OF_FFN[config.ffn] * config.dim * config.hidden
     norms = (2 * config.layers + 1) * config.dim
     rows = vocabulary + (0 if config.tied else vocabulary) + (config.learned_positions or 0)
-    total = Cost(rows * config.dim + norms, 2 * length * config.dim * vocabulary, 0, 0)
+    head = 2 * length * config.dim * vocabulary
+    fixed = Cost(rows * config.dim + norms, head, 0, 0)
+    total = _add(fixed, config.layers, Cost(matrices, 2 * length * matrices, 0, 0))
     strict, shared = True, set()
-    for names in pattern_of(config):
-        for name in names:
-            mixer = _mixer(config.dim, _frozen(config.mixers[name]), length)
-            strict = strict and mixer.strict
-            total = total + (replace(mixer.cost, state_bytes=0) if mixer.shared_state in shared else mixer.cost)
-            shared |= {mixer.shared_state} - {None}
-        total = total + Cost(matrices, 2 * length * matrices, 0, 0)
+    for name, count in Counter(name for names in pattern_of(config) for name in names).items():
+        mixer = _mixer(config.dim, _frozen(config.mixers[name]), length)
+        strict = strict and mixer.strict
+        states = count if mixer.shared_state is None else int(mixer.shared_state not in shared)
+        shared.add(mixer.shared_state)
+        total = _add(total, count, mixer.cost, states)
     return ModelCost(total, rows * config.dim, strict)
+
+
+def _add(total: Cost, times: int, cost: Cost, states: int | None = None) -> Cost:
+    """total + times x cost; states: how many of the states are held, unless all."""
+    return Cost(
+        total.parameters + times * cost.parameters,
+        total.flops + times * cost.flops,
+        total.pairs + times * cost.pairs,
+        total.state_bytes + (times if states is None else states) * cost.state_bytes,
+    )
 
 
 def paper_flops(config: ModelConfig, length: int) -> float:
@@ -80,6 +93,23 @@ class _MixerCost:
     shared_state: str | None
 
 
+class _NoNumbers(TorchFunctionMode):
+    """While entered nothing is drawn nor scaled: the meta device knows such operations only in Python, and the imports
+    alone that they need take as long as planning a thousand runs."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Initialisers and scaling leave their tensor as it is; what would be random is empty."""
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        if func in UNCHANGED or (func in SCALED and isinstance(args[1], int | float)):
+            return args[0]
+        return (torch.empty if func in (torch.randn, torch.rand) else func)(*args, **kwargs)
+
+
+UNCHANGED = (torch.Tensor.normal_, torch.Tensor.uniform_)
+SCALED = (torch.Tensor.mul, torch.Tensor.mul_, torch.Tensor.__mul__, torch.Tensor.__rmul__)
+
 Settings = tuple[tuple[str, Any], ...]
 
 
@@ -90,6 +120,6 @@ def _frozen(settings: dict[str, Any]) -> Settings:
 @functools.lru_cache(maxsize=1 << 16)
 def _mixer(dim: int, frozen: Settings, length: int) -> _MixerCost:
     settings = dict(frozen)
-    with torch.device("meta"):
+    with torch.device("meta"), _NoNumbers():
         mixer = build(settings.pop("kind"), dim, **settings)
     return _MixerCost(mixer.cost(length), mixer.causality == "strict", mixer.shared_state)

@@ -36,7 +36,7 @@ def allowed(spec: Spec, labels: dict[str, Label], config: Config | None) -> bool
 
     A constraint over a setting that a run does not have does not concern it.
     """
-    values = None if config is None else to_dict(config)
+    values = None if config is None or not spec.constraints else to_dict(config)
     for constraint in spec.constraints:
         left, right = (_value(side, labels, values) for side in (constraint.left, constraint.right))
         if MISSING not in (left, right) and not _holds(constraint, left, right):
@@ -47,7 +47,7 @@ def allowed(spec: Spec, labels: dict[str, Label], config: Config | None) -> bool
 def constraint_problems(spec: Spec, configs: list[Config]) -> list[Problem]:
     """Constraints whose left side is neither an axis nor a setting of any run, or is what matching solves for."""
     found, names = [], [axis.name for axis in spec.axes]
-    trees = [to_dict(config) for config in configs]
+    trees = [to_dict(config) for config in configs] if spec.constraints else []
     for constraint in spec.constraints:
         left = constraint.left
         if spec.match is not None and spec.match.solve in (left, constraint.right):

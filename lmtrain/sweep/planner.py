@@ -23,6 +23,9 @@ from lmtrain.sweep.spec import Label, Setting, Spec, read_spec
 NOT_HASHED = tuple(key for key in FREE_TO_CHANGE if key not in ("data.path", "eval"))
 """What a result does not depend on: the path of the data and the protocol of evaluation do matter."""
 
+MOST_TOLD = 12
+"""Problems; one mistake may spoil a thousand runs."""
+
 
 def make_plan(path_or_name: str, overrides: Sequence[str] = ()) -> Plan:
     """The plan of a sweep file. ConfigError with every problem found."""
@@ -37,7 +40,9 @@ def plan_of(spec: Spec) -> Plan:
     problems = [*dict.fromkeys(planner.problems), *constraint_problems(spec, planner.configs)]
     problems = problems or [*_twins(runs), *_over_budget(spec, runs)]
     if problems:
-        raise ConfigError(problems)
+        more = len(problems) - MOST_TOLD
+        rest = [Problem(spec.name, "and so on", f"{more} more of them")] if more > 0 else []
+        raise ConfigError([*problems[:MOST_TOLD], *rest])
     # Seed by seed: a sweep that is cut short has compared everything once.
     order = {seed: place for place, seed in enumerate(spec.seeds)}
     return Plan(spec, tuple(sorted(runs, key=lambda run: order.get(run.config.run.seed, 0))))
@@ -175,7 +180,8 @@ def _twins(runs: list[Run]) -> list[Problem]:
         by_hash.setdefault(run.hash, []).append(run.name)
     for first, *others in by_hash.values():
         if set(others) - {first}:
-            message = f"is the same configuration as {', '.join(others)}"
+            shown = ", ".join(others[:2]) + (f" and {len(others) - 2} more" if len(others) > 2 else "")
+            message = f"is the same configuration as {shown}"
             reason = "what one axis sets, another one, match or the command line sets again"
             found.append(Problem("axes", first, f"{message}: {reason}"))
     return found

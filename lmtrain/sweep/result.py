@@ -33,7 +33,9 @@ class _Record:
         """The record that `content` states. ValueError names `where` and everything that is wrong with it."""
         found = content.get("version") if isinstance(content, dict) else None
         if found != VERSION:
-            raise ValueError(f"{where or cls.FILE}: of version {found!r}, this lmtrain reads {VERSION}; run it again")
+            raise ValueError(
+                f"{where or cls.FILE}: of version {found!r}, this lmtrain reads {VERSION}; choose another folder"
+            )
         hints = typing.get_type_hints(cls)
         fields = {field.name: hints[field.name] for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
         problems = [f"{name} is missing" for name in fields if name not in content]

@@ -53,8 +53,17 @@ def test_the_evaluation_that_all_were_given_counts(folder: Path) -> None:
     for name in RUNS:
         assert main(["eval", str(folder / name), "--context", "16"]) == 0
     collected = read_runs([folder / name for name in RUNS])
-    kept = [json.loads(path.read_text()) for path in (folder / "b/eval").glob("*context16*.json")]
-    assert collected.runs[2].loss == kept[0]["loss"]
+    (kept,) = [json.loads(path.read_text()) for path in (folder / "b/eval").glob("*context16*.json")]
+    assert kept["scored_tokens"] > 256  # more than those of training
+    assert collected.runs[2].loss == kept["loss"]
+
+
+def test_a_run_that_was_stopped_is_refused(folder: Path, tmp_path: Path) -> None:
+    status = json.loads((folder / "b/status.json").read_text())
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half/status.json").write_text(json.dumps(status | {"state": "stopped", "step": 4}))
+    with pytest.raises(ValueError, match="half: stopped at step 4; finish it first"):
+        read_runs([folder / "b", tmp_path / "half"])
 
 
 def test_what_cannot_be_compared_is_told_at_once(
