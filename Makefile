@@ -31,8 +31,9 @@ check: .venv/.ready  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy attention data parallel lmtrain launch
 
-docs: .venv/.ready  ## what is generated from the code
+docs: .venv/.ready  ## what is generated from the code and from results
 	$(BIN)/python -m lmtrain.config.reference > docs/config.md
+	$(BIN)/python benchmarks/fill.py
 
 clean:  ## remove what this file made, but no runs
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,1 +1,1 @@
-"""Corpora, tokenizers, token shards, the order of samples, and the loader."""
+"""Corpora, tokenizers, token shards, the order of samples, the loader, and synthetic tasks."""

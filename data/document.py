@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import gzip
-import lzma
 import os
-import zlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
+
+from data.compressed import is_compressed, reading
 
 CHUNK = 1 << 20  # bytes read at a time
-
-_DECOMPRESS: dict[str, Callable[[Path], Any]] = {".xz": lzma.open, ".gz": gzip.open}
 
 
 class AnyDocument(Protocol):
@@ -23,23 +19,30 @@ class AnyDocument(Protocol):
 
     @property
     def num_bytes(self) -> int: ...
+    @property
+    def title(self) -> str: ...
     def chunks(self) -> Iterator[bytes]: ...
     def part(self, first: int, last: int) -> AnyDocument: ...
     def locate(self, offset: int) -> str: ...
     def identity(self) -> list[Any]: ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Document:
-    """Bytes [start, stop) of a file; those named .xz or .gz are decompressed, else no byte is changed."""
+    """Bytes [start, stop) of a file; those named .xz, .gz or .zst are decompressed, else no byte is changed.
+
+    title: what results of this document alone are called.
+    """
 
     path: Path
     start: int
     stop: int
+    title: str = ""
 
     @classmethod
-    def whole(cls, path: Path) -> Document:
-        return cls(path, 0, text_size(path))
+    def whole(cls, path: Path, title: str | None = None) -> Document:
+        """All of a file, by default under its name."""
+        return cls(path, 0, text_size(path), path.name if title is None else title)
 
     @property
     def num_bytes(self) -> int:
@@ -49,7 +52,7 @@ class Document:
         """The text in pieces of about `CHUNK` bytes, none of which cuts a UTF-8 character."""
         held = b""  # the last character of a block waits for the next block: it may be incomplete
         left = self.num_bytes
-        with _reading(self.path) as file:
+        with reading(self.path) as file:
             file.seek(self.start)
             while left:
                 block = file.read(min(CHUNK, left))
@@ -64,24 +67,26 @@ class Document:
 
     def part(self, first: int, last: int) -> Document:
         """Bytes [first, last) of this document."""
-        return Document(self.path, self.start + first, self.start + last)
+        return replace(self, start=self.start + first, stop=self.start + last)
 
     def locate(self, offset: int) -> str:
         """Words for the byte `offset` of this document, for messages."""
         return f"{self.path}, byte {self.start + offset}"
 
     def identity(self) -> list[Any]:
-        """What changes when the bytes do, for JSON."""
-        path = self.path.resolve()
-        status = file_status(path)
-        return [str(path), status.st_size, status.st_mtime_ns, self.start, self.stop]
+        """What changes when the bytes or the title do, for JSON."""
+        return [*file_identity(self.path), self.start, self.stop, self.title]
 
 
 @dataclass(frozen=True)
 class Split:
-    """A part of a corpus: documents in a fixed order, none of them empty."""
+    """A part of a corpus: documents in a fixed order, none of them empty.
+
+    lines_are_words: each end of a line is a word of its own, as where a corpus counts an <eos> for each line.
+    """
 
     documents: tuple[AnyDocument, ...]
+    lines_are_words: bool = False
 
     @property
     def num_bytes(self) -> int:
@@ -104,23 +109,29 @@ class Split:
 class WordCounter:
     """Counts whitespace-separated words as `len(text.split())` does, over text that comes in pieces.
 
-    The pieces cut no UTF-8 character; bytes that are not UTF-8 count as letters.
+    The pieces cut no UTF-8 character; bytes that are not UTF-8 count as letters. lines_are_words: ends of lines
+    count too.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, lines_are_words: bool = False) -> None:
         self.words = 0
+        self._lines_are_words = lines_are_words
         self._inside = False
 
     def add(self, chunk: bytes) -> None:
         text = chunk.decode("utf-8", "replace")
         continues = self._inside and not text[0].isspace()
         self.words += len(text.split()) - continues
+        if self._lines_are_words:
+            self.words += text.count("\n")
         self._inside = not text[-1].isspace()
 
 
-def whole_documents(files: Iterable[Path]) -> list[Document]:
-    """One document per file; empty files are left out."""
-    return [document for document in map(Document.whole, files) if document.num_bytes]
+def whole_documents(files: Sequence[Path]) -> list[Document]:
+    """One document per file, its title the path below the folder of all; empty files are left out."""
+    folder = os.path.commonpath([file.parent for file in files]) if files else ""
+    documents = (Document.whole(file, file.relative_to(folder).as_posix()) for file in files)
+    return [document for document in documents if document.num_bytes]
 
 
 def character_start(text: bytes, position: int) -> int:
@@ -132,11 +143,18 @@ def character_start(text: bytes, position: int) -> int:
 
 
 def text_size(path: Path) -> int:
-    """Bytes of a file's text; for .xz and .gz they are decompressed to be counted."""
+    """Bytes of a file's text; what is compressed is decompressed to be counted."""
     status = file_status(path)
-    if path.suffix in _DECOMPRESS:
+    if is_compressed(path):
         return _decompressed_size(path, status.st_size, status.st_mtime_ns)
     return status.st_size
+
+
+def file_identity(path: Path) -> list[Any]:
+    """What changes when the content of a file does, for JSON."""
+    path = path.resolve()
+    status = file_status(path)
+    return [str(path), status.st_size, status.st_mtime_ns]
 
 
 def file_status(path: Path) -> os.stat_result:
@@ -149,14 +167,5 @@ def file_status(path: Path) -> os.stat_result:
 
 @lru_cache
 def _decompressed_size(path: Path, compressed_size: int, mtime_ns: int) -> int:
-    with _reading(path) as file:
+    with reading(path) as file:
         return sum(len(block) for block in iter(lambda: file.read(CHUNK), b""))
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[IO[bytes]]:
-    try:
-        with _DECOMPRESS[path.suffix](path) if path.suffix in _DECOMPRESS else path.open("rb") as file:
-            yield file
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise ValueError(f"{path}: cannot be read ({error})") from error

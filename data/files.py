@@ -14,6 +14,12 @@ def find_file(names: Iterable[str]) -> Path | None:
     return next((candidate for candidate in candidates if os.path.isfile(candidate)), None)
 
 
+def find_folder(path: str) -> Path | None:
+    """The folder of that name, or None."""
+    candidates = (folder / os.path.expanduser(path) for folder in search_folders())
+    return next((candidate for candidate in candidates if os.path.isdir(candidate)), None)
+
+
 def find_files(path: str, key: str) -> list[Path]:
     """The files that `path` means: itself, all but the hidden below a folder, or the matches of a pattern.
 

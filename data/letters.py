@@ -33,6 +33,11 @@ class Letters:
         """One byte is one letter."""
         return self.stop - self.start
 
+    @property
+    def title(self) -> str:
+        """What results of this document alone are called."""
+        return f"letters {self.start} to {self.stop}"
+
     def chunks(self) -> Iterator[bytes]:
         """The text in pieces of at most `BLOCK` bytes."""
         letters = np.frombuffer(ALPHABET.encode(), dtype=np.uint8)

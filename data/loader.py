@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Generator
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from itertools import count
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data.order import SampleOrder, StreamOrder
+from data.mixture import Mixture, MixtureOrder
+from data.order import Ranges, SampleOrder, StreamOrder, readable
 from data.prefetch import prefetch
 from data.shards import TokenDataset
 
@@ -27,7 +28,7 @@ class Batch:
 
     labels: the next token, or -100 where it is unscored.
     positions, document_ends: None if documents are concatenated, else see `Loader`.
-    first_sample: global index of row 0; the rows are consecutive samples.
+    first_sample: global index of row 0; the rows are consecutive samples, but for those never read.
     begins: the rows do not go on from those of the step before; always so without `stream`.
     crc: sum modulo 2^32, over the rows, of the crc32 of a row's T + 1 token ids as little-endian uint32.
         Summed over the micro-batches and ranks of a step, it tells which data the step read, on any world.
@@ -58,11 +59,64 @@ class Batch:
         )
 
 
-class Loader:
-    """Training batches of one data rank, in the order that `SampleOrder` fixes, or for streams `StreamOrder`.
+class Batches(ABC):
+    """Training batches of one data rank: which samples are in which, whatever they are made of.
 
     A step reads G = `batch_sequences` consecutive samples, all ranks together: with W = `world` and
     u = `micro_batch`, row j of micro-batch m of rank r is its sample mWu + ru + j; neither changes the set.
+
+    skip: ranges [first, last) of samples that are never read; a step reads those after them instead.
+    """
+
+    def __init__(
+        self, *, batch_sequences: int, micro_batch: int, skip: Ranges = (), rank: int = 0, world: int = 1
+    ) -> None:
+        if min(batch_sequences, micro_batch) < 1 or batch_sequences % (micro_batch * world):
+            raise ValueError(
+                f"train.micro_batch: {batch_sequences} sequences cannot be cut "
+                f"into micro-batches of {micro_batch} on {world} data ranks"
+            )
+        assert 0 <= rank < world, (rank, world)
+        self.batch_sequences = batch_sequences
+        self.micro_batch = micro_batch
+        self.skip = skip
+        self.rank = rank
+        self.world = world
+
+    def batches(self, first_sample: int) -> Generator[list[Batch], None, None]:
+        """This rank's micro-batches of one optimizer step after another, without end; a thread works ahead.
+
+        first_sample: the data cursor, the first sample that no step before has passed.
+        """
+        return prefetch(self._steps(first_sample), STEPS_AHEAD)
+
+    def step(self, first_sample: int) -> list[Batch]:
+        """This rank's micro-batches of the step that reads the samples from `first_sample` on."""
+        samples = self._samples(first_sample)
+        stride = self.world * self.micro_batch
+        firsts = range(self.rank * self.micro_batch, self.batch_sequences, stride)
+        return [self._batch(samples[first : first + self.micro_batch]) for first in firsts]
+
+    def after(self, first_sample: int) -> int:
+        """The data cursor after the step that reads from `first_sample` on."""
+        return int(self._samples(first_sample)[-1]) + 1
+
+    def _steps(self, first_sample: int) -> Iterator[list[Batch]]:
+        while True:
+            yield self.step(first_sample)
+            first_sample = self.after(first_sample)
+
+    def _samples(self, first_sample: int) -> np.ndarray:
+        return readable(first_sample, self.batch_sequences, self.skip)
+
+    @abstractmethod
+    def _batch(self, samples: np.ndarray) -> Batch:
+        """The micro-batch of these samples [u]."""
+
+
+class Loader(Batches):
+    """Batches of windows of a text, in the order that `SampleOrder` fixes, for streams `StreamOrder`, for several texts
+    `MixtureOrder`.
 
     documents: what becomes of a window that spans several documents.
         "concatenate": nothing, the text is one stream.
@@ -84,48 +138,32 @@ class Loader:
         seed: int,
         documents: str = "concatenate",
         stream: bool = False,
+        skip: Ranges = (),
         rank: int = 0,
         world: int = 1,
     ) -> None:
         if documents not in DOCUMENTS:
             raise ValueError(f"data.documents: must be {' or '.join(DOCUMENTS)}, not {documents!r}")
-        if min(batch_sequences, micro_batch) < 1 or batch_sequences % (micro_batch * world):
-            raise ValueError(
-                f"train.micro_batch: {batch_sequences} sequences cannot be cut "
-                f"into micro-batches of {micro_batch} on {world} data ranks"
-            )
-        assert 0 <= rank < world, (rank, world)
+        if stream and skip:
+            raise ValueError("data.skip: the rows of data.stream read on, they leave nothing out")
+        super().__init__(batch_sequences=batch_sequences, micro_batch=micro_batch, skip=skip, rank=rank, world=world)
         self.dataset = dataset
-        number = len(dataset.tokens)
-        self.order: SampleOrder | StreamOrder = (
-            StreamOrder(number, seq_len, batch_sequences) if stream else SampleOrder(number, seq_len, seed)
-        )
+        self.order: SampleOrder | StreamOrder | MixtureOrder
+        if isinstance(dataset, Mixture):
+            assert not stream, "the texts of a mixture do not go on from each other"
+            self.order = MixtureOrder.of(dataset, seq_len, seed)
+        elif stream:
+            self.order = StreamOrder(len(dataset.tokens), seq_len, batch_sequences)
+        else:
+            self.order = SampleOrder(len(dataset.tokens), seq_len, seed)
         self.seq_len = seq_len
-        self.batch_sequences = batch_sequences
-        self.micro_batch = micro_batch
         self.documents = documents
-        self.rank = rank
-        self.world = world
 
-    def batches(self, first_sample: int) -> Generator[list[Batch], None, None]:
-        """This rank's micro-batches of one optimizer step after another, without end; a thread works ahead.
-
-        first_sample: the data cursor, the number of samples that all steps before have read.
-        """
-        steps = (self.step(first) for first in count(first_sample, self.batch_sequences))
-        return prefetch(steps, STEPS_AHEAD)
-
-    def step(self, first_sample: int) -> list[Batch]:
-        """This rank's micro-batches of the step that reads the samples from `first_sample` on."""
-        stride = self.world * self.micro_batch
-        first = first_sample + self.rank * self.micro_batch
-        return [self._batch(first + offset) for offset in range(0, self.batch_sequences, stride)]
-
-    def _batch(self, first_sample: int) -> Batch:
-        samples = np.arange(first_sample, first_sample + self.micro_batch)
+    def _batch(self, samples: np.ndarray) -> Batch:
+        first_sample = int(samples[0])
         starts = self.order.starts(samples)
-        tokens = np.asarray(self.dataset.tokens)
-        rows = np.stack([tokens[start : start + self.seq_len + 1] for start in starts]).astype(np.int64)
+        windows = [self.dataset.tokens[start : start + self.seq_len + 1] for start in starts]
+        rows = np.stack([np.asarray(window, dtype=np.int64) for window in windows])
         labels = rows[:, 1:].copy()
         positions = ends = None
         if self.documents == "reset":

@@ -99,6 +99,34 @@ class StreamOrder:
         return sample // self.rows % self.segments == 0
 
 
+Ranges = tuple[tuple[int, int], ...]
+"""Samples that are never read, as ascending ranges [first, last)."""
+
+
+def read_ranges(text: str | None) -> Ranges:
+    """The ranges of `1000:1100, 5000:5200`, in ascending order; ValueError says which one is none."""
+    ranges = []
+    for word in (text or "").split(",") if text else ():
+        first, _, last = (part.strip() for part in word.partition(":"))
+        if not (first.isdecimal() and last.isdecimal() and int(first) < int(last) < 1 << 62):
+            raise ValueError(f"data.skip: {word.strip()!r} must be two samples first:last, first < last")
+        ranges.append((int(first), int(last)))
+    return tuple(sorted(ranges))
+
+
+def readable(first: int, number: int, skip: Ranges) -> np.ndarray:
+    """The `number` samples from `first` on that lie in no range of `skip`: int64 [number]."""
+    found = []
+    for start, stop in skip:
+        before = min(number, max(0, start - first))
+        found.append(np.arange(first, first + before))
+        number -= before
+        if not number:
+            break
+        first = max(first, stop)
+    return np.concatenate([*found, np.arange(first, first + number)])
+
+
 def permute(values: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
     """Image of each value [S] under the permutation of range(size) that its key [S] selects; all uint64."""
     half_bits = max(1, ((size - 1).bit_length() + 1) // 2)

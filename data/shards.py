@@ -1,124 +1,87 @@
 """Preparation of token shards: each split of a corpus is tokenized once and kept in a cache folder.
 
-A dataset appears under its name complete or not at all: it is written beside, flushed, and renamed.
+A dataset appears under its name complete or not at all: it is written beside, flushed, and renamed. Parts that are
+tokenized wait in a folder of their own, so that who was interrupted goes on.
 """
 
-import errno
-import fcntl
-import os
 import shutil
-import socket
-import uuid
-import warnings
 from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from data.cache import default_cache, locked, open_or_make
 from data.corpus import Corpus
-from data.dataset import VERSION, TokenDataset, open_dataset, sha256_json, sync_folder, write_dataset
+from data.dataset import VERSION, TokenDataset, open_dataset, write_dataset
+from data.disk import sha256_json
 from data.document import Split
+from data.parts import Watch
 from data.tokenizer import Tokenizer, token_dtype, tokenizer_hash
 
-__all__ = ["TokenDataset", "default_cache", "prepare"]
+__all__ = ["TokenDataset", "dataset_folder", "default_cache", "prepare"]
 
 
-def default_cache() -> Path:
-    """$LMTRAIN_CACHE, or ~/.cache/lmtrain."""
-    return Path(os.environ.get("LMTRAIN_CACHE") or "~/.cache/lmtrain").expanduser()
-
-
-def prepare(corpus: Corpus, split: str, tokenizer: Tokenizer, cache_dir: str | Path | None = None) -> TokenDataset:
+def prepare(
+    corpus: Corpus,
+    split: str,
+    tokenizer: Tokenizer,
+    cache_dir: str | Path | None = None,
+    *,
+    workers: int = 0,
+    watch: Watch = lambda done, total: None,
+) -> TokenDataset:
     """The split in tokens: from the cache if it is there and intact, else made and cached.
 
-    A damaged dataset in the cache is made anew, with a warning. Processes that need one at once make it once.
-    cache_dir: None means `default_cache()`. ValueError if the text cannot be encoded or the cache not
-    written.
+    A damaged dataset in the cache is made anew, with a warning. Processes that need one at once make it once. One that
+    was interrupted goes on: the same tokens, however often, and whatever the number of workers.
+    cache_dir: None means `default_cache()`. workers: processes that tokenize, 0: this one. watch: told of the progress.
+    ValueError if the text cannot be encoded or the cache not written.
     """
     text = corpus.split(split)
+    folder = dataset_folder(corpus, split, tokenizer, cache_dir)
+    parts = folder.with_name(f"{folder.name}.parts")
+
+    def make(temporary: Path) -> None:
+        with locked(parts) as alone:  # without locks, nobody else may know of our parts
+            kept = parts if alone else None
+            write_dataset(temporary, corpus.name, split, text, tokenizer, parts=kept, workers=workers, watch=watch)
+
+    with _cache_errors(folder.parent, parts, text, tokenizer):
+        dataset = open_or_make(folder, open_dataset, make)
+    shutil.rmtree(parts, ignore_errors=True)
+    return dataset
+
+
+def dataset_folder(corpus: Corpus, split: str, tokenizer: Tokenizer, cache_dir: str | Path | None = None) -> Path:
+    """Where `prepare` keeps the split. The name changes with whatever may change the tokens or what is said of them.
+
+    The split rule is in the byte ranges of the documents.
+    """
     cache = default_cache() if cache_dir is None else Path(cache_dir).expanduser()
-    key = _cache_key(corpus.name, split, text, tokenizer)
-    folder = cache / f"{corpus.name}-{split}-{tokenizer.name}-{key}"
-    with suppress(ValueError):
-        return open_dataset(folder)
-    with _cache_errors(cache, text, tokenizer), _locked(folder) as alone:
-        if alone:
-            for abandoned in folder.parent.glob(f"{_scratch_prefix(folder)}*"):  # by a process that was killed
-                shutil.rmtree(abandoned, ignore_errors=True)
-        if not _intact(folder):  # else another process has just made it
-            _make(folder, corpus.name, split, text, tokenizer)
-    return open_dataset(folder)
-
-
-def _intact(folder: Path) -> bool:
-    """Whether the dataset is there; a damaged one is removed."""
-    if not folder.exists():
-        return False
-    try:
-        open_dataset(folder)
-    except ValueError as error:
-        warnings.warn(f"damaged cache, made anew: {error}", stacklevel=3)
-        damaged = _scratch(folder)
-        with suppress(FileNotFoundError):  # removed by another process
-            folder.rename(damaged)
-        shutil.rmtree(damaged, ignore_errors=True)
-        return False
-    return True
-
-
-def _make(folder: Path, corpus: str, split: str, text: Split, tokenizer: Tokenizer) -> None:
-    temporary = _scratch(folder)
-    try:
-        write_dataset(temporary, corpus, split, text, tokenizer)
-        _commit(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _cache_key(corpus: str, split: str, text: Split, tokenizer: Tokenizer) -> str:
-    """Changes with whatever may change the tokens; the split rule is in the byte ranges of the documents."""
-    sources = [document.identity() for document in text.documents]
-    return sha256_json([VERSION, corpus, split, tokenizer_hash(tokenizer), sources])[:16]
-
-
-def _commit(temporary: Path, folder: Path) -> None:
-    try:
-        temporary.rename(folder)
-    except OSError as error:
-        another_was_first = error.errno in (errno.ENOTEMPTY, errno.EEXIST)  # and its dataset serves as well
-        if not another_was_first:
-            raise
-    sync_folder(folder.parent)
-
-
-def _scratch(folder: Path) -> Path:
-    return folder.with_name(_scratch_prefix(folder) + uuid.uuid4().hex[:8])
-
-
-def _scratch_prefix(folder: Path) -> str:
-    """Names the host: on a shared file system the lock may not reach the processes of other hosts."""
-    return f"{folder.name}.tmp-{socket.gethostname()}-"
+    sources = [document.identity() for document in corpus.split(split).documents]
+    key = sha256_json([VERSION, corpus.name, split, tokenizer_hash(tokenizer), sources])[:16]
+    return cache / f"{corpus.name}-{split}-{tokenizer.name}-{key}"
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
-    """One process at a time makes a dataset. False where locks do not work: then all do, the first wins."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_name(f"{folder.name}.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            yield False
-        else:
-            yield True
-
-
-@contextmanager
-def _cache_errors(cache: Path, text: Split, tokenizer: Tokenizer) -> Iterator[None]:
+def _cache_errors(cache: Path, parts: Path, text: Split, tokenizer: Tokenizer) -> Iterator[None]:
+    """What keeps the cache from being written, in words. Finished parts stay, but for those of a text that is wrong."""
     try:
         yield
     except OSError as error:
-        needed = text.num_bytes * token_dtype(tokenizer.vocab_size).itemsize
+        with suppress(OSError):
+            parts.rmdir()  # if nothing is finished
+        kept = f" (the part that is finished waits in {parts})" if parts.exists() else ""
+        needed = 2 * text.num_bytes * token_dtype(tokenizer.vocab_size).itemsize
         raise ValueError(
-            f"data.cache: cannot write up to {needed:,} bytes into {cache} ({error.strerror}); "
-            "choose another folder with data.cache or $LMTRAIN_CACHE"
+            f"data.cache: cannot write up to {needed:,} bytes into {cache} ({error.strerror}){kept}; "
+            "make room, or choose another folder with data.cache or $LMTRAIN_CACHE"
         ) from error
+    except BrokenProcessPool as error:
+        raise ValueError(
+            "a process that tokenized was killed (is memory short?): run it again, with fewer workers; "
+            "what is finished is kept"
+        ) from error
+    except ValueError:
+        shutil.rmtree(parts, ignore_errors=True)
+        raise

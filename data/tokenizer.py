@@ -1,11 +1,14 @@
-"""Tokenizers: text as bytes in, token ids out. Bytes; the characters of the training text."""
+"""Tokenizers: text as bytes in, token ids out. Bytes; characters of the training text; byte pairs; numbers."""
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
+
+from data.document import Split
 
 
 class Text(Protocol):
@@ -45,17 +48,17 @@ class Tokenizer(Protocol):
         """The text of ids [n]; ValueError for an id that is no token."""
         ...
 
+    def last_cut(self, text: bytes) -> int:
+        """Where a text of whole characters may end at last: its ids up to there do not depend on what follows, nor
+        those after it on what precedes. 0: nowhere."""
+        ...
+
     def to_json(self) -> dict[str, Any]:
         """All that `from_json` needs; its hash is the tokenizer's identity."""
         ...
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "Tokenizer": ...
-
-    @classmethod
-    def train(cls, text: Text) -> "Tokenizer":
-        """The tokenizer made from a training text; ValueError names file and byte of what it cannot take."""
-        ...
 
 
 class ByteTokenizer:
@@ -72,17 +75,16 @@ class ByteTokenizer:
         return np.frombuffer(text, dtype=np.uint8)
 
     def decode(self, ids: np.ndarray) -> bytes:
-        return _checked_ids(ids, self.vocab_size).astype(np.uint8).tobytes()
+        return checked_ids(ids, self.vocab_size).astype(np.uint8).tobytes()
+
+    def last_cut(self, text: bytes) -> int:
+        return len(text)
 
     def to_json(self) -> dict[str, Any]:
         return {"name": self.name}
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "ByteTokenizer":
-        return cls()
-
-    @classmethod
-    def train(cls, text: Text) -> "ByteTokenizer":
         return cls()
 
 
@@ -104,7 +106,7 @@ class CharacterTokenizer:
         return np.array([len(character.encode()) for character in self.characters], dtype=np.int64)
 
     def encode(self, text: bytes) -> np.ndarray:
-        characters = _decode_utf8(text)
+        characters = decode_utf8(text)
         codes = _code_points(characters)
         ids = np.minimum(np.searchsorted(self._codes, codes), self.vocab_size - 1)
         unknown = self._codes[ids] != codes
@@ -115,40 +117,66 @@ class CharacterTokenizer:
         return ids.astype(token_dtype(self.vocab_size))
 
     def decode(self, ids: np.ndarray) -> bytes:
-        codes = self._codes[_checked_ids(ids, self.vocab_size)]
+        codes = self._codes[checked_ids(ids, self.vocab_size)]
         return codes.tobytes().decode("utf-32-le").encode()
+
+    def last_cut(self, text: bytes) -> int:
+        return len(text)
 
     def to_json(self) -> dict[str, Any]:
         return {"name": self.name, "characters": self.characters}
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "CharacterTokenizer":
-        return cls(fields["characters"])
+        characters = fields.get("characters")
+        if not isinstance(characters, str) or not characters:
+            raise ValueError("the tokenizer `characters` must have its characters, a text")
+        return cls(characters)
 
     @classmethod
     def train(cls, text: Text) -> "CharacterTokenizer":
+        """The characters of a training text; ValueError names file and byte of what is none."""
         seen: set[str] = set()
         offset = 0
         for chunk in text.chunks():
             try:
-                seen |= set(_decode_utf8(chunk))
+                seen |= set(decode_utf8(chunk))
             except EncodingError as error:
                 raise ValueError(f"{text.locate(offset + error.offset)}: {error.reason}") from None
             offset += len(chunk)
         return cls("".join(seen))
 
 
-TOKENIZERS: dict[str, type[Tokenizer]] = {"bytes": ByteTokenizer, "characters": CharacterTokenizer}
+NAMES = ("bytes", "characters", "bpe")
 
 
-def build_tokenizer(name: str, training_text: Text) -> Tokenizer:
-    """The tokenizer of that name, made from the training text (a `Split`) if it depends on one."""
-    return _class_of(name).train(training_text)
+def build_tokenizer(name: str, training_text: Split | None, vocab_size: int = 32_000) -> Tokenizer:
+    """The tokenizer of that name, made from the training text if it depends on one; or that of a file.
+
+    vocab_size: tokens of `bpe`.
+    """
+    from data import bpe  # it needs this module
+
+    if name == "bytes":
+        return ByteTokenizer()
+    if name in NAMES:
+        assert training_text is not None
+        return CharacterTokenizer.train(training_text) if name == "characters" else bpe.train(training_text, vocab_size)
+    if not Path(name).expanduser().is_file():
+        raise ValueError(f"data.tokenizer: {name!r} is no file, nor one of {', '.join(NAMES)}")
+    return bpe.read(Path(name).expanduser())
 
 
 def from_json(fields: dict[str, Any]) -> Tokenizer:
-    """The tokenizer that `to_json` described."""
-    return _class_of(fields["name"]).from_json(fields)
+    """The tokenizer that `to_json` described; ValueError if the fields describe none."""
+    from data.bpe import BpeTokenizer  # they need this module
+    from data.numbers import NumberTokenizer
+
+    known: tuple[type[Tokenizer], ...] = (ByteTokenizer, CharacterTokenizer, BpeTokenizer, NumberTokenizer)
+    for tokenizer in known:
+        if fields.get("name") == tokenizer.name:
+            return tokenizer.from_json(fields)
+    raise ValueError(f"no tokenizer is called {fields.get('name')!r}; known: {', '.join(NAMES)}")
 
 
 def tokenizer_hash(tokenizer: Tokenizer) -> str:
@@ -156,16 +184,17 @@ def tokenizer_hash(tokenizer: Tokenizer) -> str:
     return hashlib.sha256(json.dumps(tokenizer.to_json(), sort_keys=True).encode()).hexdigest()
 
 
-def encode_text(tokenizer: Tokenizer, text: Text) -> Iterator[tuple[bytes, np.ndarray]]:
-    """Pairs (piece of the text, its ids); ValueError names file and byte of what cannot be encoded."""
-    offset = 0
+def pieces(text: Text, last_cut: Callable[[bytes], int]) -> Iterator[bytes]:
+    """The text in pieces that begin and end where `last_cut` allows it, of about a chunk's size where it does."""
+    held: list[bytes] = []
     for chunk in text.chunks():
-        try:
-            ids = tokenizer.encode(chunk)
-        except EncodingError as error:
-            raise ValueError(f"{text.locate(offset + error.offset)}: {error.reason}") from None
-        yield chunk, ids
-        offset += len(chunk)
+        if held and (cut := last_cut(held[-1])):
+            *before, last = held
+            yield b"".join([*before, last[:cut]])
+            held = [last[cut:]] if cut < len(last) else []
+        held.append(chunk)
+    if held:
+        yield b"".join(held)
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -173,13 +202,8 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u1" if vocab_size <= 1 << 8 else "<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
-def _class_of(name: str) -> type[Tokenizer]:
-    if name not in TOKENIZERS:
-        raise ValueError(f"data.tokenizer: no tokenizer {name!r}; known: {', '.join(TOKENIZERS)}")
-    return TOKENIZERS[name]
-
-
-def _decode_utf8(text: bytes) -> str:
+def decode_utf8(text: bytes) -> str:
+    """The text's characters; EncodingError at the first byte that is none."""
     try:
         return text.decode()
     except UnicodeDecodeError as error:
@@ -190,7 +214,8 @@ def _code_points(characters: str) -> np.ndarray:
     return np.frombuffer(characters.encode("utf-32-le"), dtype="<u4")
 
 
-def _checked_ids(ids: np.ndarray, vocab_size: int) -> np.ndarray:
+def checked_ids(ids: np.ndarray, vocab_size: int) -> np.ndarray:
+    """The ids as an array; ValueError if one is no token."""
     ids = np.asarray(ids)
     if ids.size and not (ids.min() >= 0 and ids.max() < vocab_size):
         raise ValueError(

@@ -1,7 +1,7 @@
 """The command line. Each verb is one function here that calls the library and prints; nothing else happens here.
 
 Exit codes: 0 done, 2 the user's mistake, 3 some runs of a sweep failed, 4 the answer is no (a leak, a damaged
-checkpoint, training gave up), 75 stopped early with a checkpoint, 130 interrupted; others are crashes. With --json one
+checkpoint, training gave up), 75 stopped early and can go on, 130 interrupted; others are crashes. With --json one
 JSON object goes to stdout and all else to stderr.
 """
 
@@ -13,17 +13,22 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launch.report_cli import add_report, report
 from launch.sweep_cli import add_sweep
 from lmtrain import __version__
 
+if TYPE_CHECKING:
+    from data.tasks import TaskDataset
+    from lmtrain.restore import Restored
+
 NO = 4
 USER_ERROR = 2
+STOPPED = 75
 INTERRUPTED = 130
 
 
@@ -102,6 +107,15 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
             debug="show the traceback of an error; stop where a number that is not finite arises (slower)",
         )
     )
+    _add_prepare(
+        verb(
+            "prepare",
+            _prepare,
+            "tokenize a corpus before a run needs it",
+            "enwik8/local data.path=enwik8",
+            "text data.path=books data.tokenizer=bpe --workers 8 --json",
+        )
+    )
     _add_eval(
         verb(
             "eval",
@@ -109,6 +123,15 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
             "score a text with a trained model",
             "runs/demo",
             "runs/demo --on text:all --path book.txt --json",
+        )
+    )
+    _add_compare(
+        verb(
+            "compare",
+            _compare,
+            "whether one model is better than another, or it was chance",
+            "runs/demo runs/wide",
+            "runs/demo runs/wide --on pg19:test --context 8192 --stride 512",
         )
     )
     _add_generate(
@@ -190,16 +213,42 @@ def _add_train(sub: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_prepare(sub: argparse.ArgumentParser) -> None:
+    _add_config(sub, "a YAML file, a shipped configuration, or the name of a corpus")
+    sub.add_argument("--workers", type=_positive, metavar="N", help="processes that tokenize (one for each processor)")
+    sub.add_argument("--json", action="store_true", help="one JSON object on stdout")
+
+
 def _add_eval(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("run_dir", type=Path, metavar="RUN", help="a run's folder, or one of its checkpoints")
-    sub.add_argument("--on", metavar="CORPUS[:SPLIT]", help="what to score (the run's own validation split)")
+    _add_protocol(sub, "the run's own validation split")
+    of_leaking = "of a model that selects ahead: how many prefixes are scored alone (as many as cost little)"
+    sub.add_argument("--prefixes", type=_positive, metavar="N", help=of_leaking)
+    sub.add_argument("--by-document", action="store_true", help="also the numbers of each document")
+    by_context = "also the loss of the same tokens at contexts of 128, 256, ... up to --context"
+    sub.add_argument("--by-context", action="store_true", help=by_context)
+    losses = "draw the losses by position and by context; of a task a heat map, also as .png"
+    sub.add_argument("--plot", type=Path, metavar="FILE.svg", help=losses)
+    sub.add_argument("--length", type=_lengths, metavar="N,N", help="of a task's examples (data.seq_len)")
+    sub.add_argument("--examples", type=_positive, metavar="N", help="of a task, for each length and depth")
+    sub.add_argument("--json", action="store_true", help="one JSON object on stdout")
+
+
+def _add_compare(sub: argparse.ArgumentParser) -> None:
+    for name, which in (("a", "one"), ("b", "the other")):
+        what = f"{which}: a run's folder, a checkpoint, or a file that eval --by-document kept"
+        sub.add_argument(name, type=Path, metavar=f"RUN_{name.upper()}", help=what)
+    _add_protocol(sub, "the validation split of the runs")
+    sub.add_argument("--json", action="store_true", help="one JSON object on stdout")
+
+
+def _add_protocol(sub: argparse.ArgumentParser, default: str) -> None:
+    """Which text is scored, and how."""
+    sub.add_argument("--on", metavar="CORPUS[:SPLIT]", help=f"what to score ({default})")
     sub.add_argument("--path", help="file of that corpus")
     sub.add_argument("--context", type=_positive, help="most tokens that a scored token may see")
     sub.add_argument("--stride", type=_positive, help="new tokens scored per window (context)")
     sub.add_argument("--carry", action="store_true", help="carry the state through the text; no windows")
-    of_leaking = "of a model that selects ahead: how many prefixes are scored alone (as many as cost little)"
-    sub.add_argument("--prefixes", type=_positive, metavar="N", help=of_leaking)
-    sub.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
 
 def _add_generate(sub: argparse.ArgumentParser) -> None:
@@ -281,30 +330,72 @@ def _train(arguments: argparse.Namespace) -> int:
     return start(arguments.config, arguments.overrides, **how)
 
 
-def _eval(arguments: argparse.Namespace) -> int:
-    from lmtrain.evaluate import evaluate, evaluate_carried, format_result, write_result
-    from lmtrain.restore import open_run
-    from lmtrain.setup import read_split
-    from lmtrain.waiting import Waiting
+def _prepare(arguments: argparse.Namespace) -> int:
+    from lmtrain.prepare import prepare, read_order
 
-    if arguments.carry and (arguments.context or arguments.stride):
-        raise ValueError("--carry reads the text once, without windows: it takes no --context and no --stride")
+    try:
+        prepared = prepare(read_order(arguments.config, arguments.overrides), arguments.workers)
+    except KeyboardInterrupt:
+        print("lmtrain prepare: stopped; what is finished is kept, and the same command goes on", file=sys.stderr)
+        return STOPPED
+    _show(arguments, prepared.to_json, prepared.format)
+    return 0
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from lmtrain.evaluate_run import Asked, evaluate_run
+    from lmtrain.evaluation_text import format_result
+    from lmtrain.restore import open_run
+    from lmtrain.setup import read_task
+
     restored = open_run(arguments.run_dir)
-    config = restored.config
-    dataset = read_split(config, restored.tokenizer, arguments.on, arguments.path)
-    how: dict[str, Any] = {"documents": config.data.documents, "autocast": restored.autocast}
+    if (task := read_task(restored.config, restored.tokenizer, arguments.on)) is not None:
+        return _eval_task(arguments, restored, task)
+    _refuse(arguments, ("length", "examples"), "for synthetic tasks only, such as --on passkey")
+    names = ("on", "path", "context", "stride", "carry", "prefixes", "by_document", "by_context", "plot")
+    asked = Asked(**{name: getattr(arguments, name) for name in names})
+    result = evaluate_run(restored, asked)
+    _show(arguments, lambda: result.row, lambda: format_result(result.evaluation, asked.by_document))
+    print(f"kept in {result.kept}", file=sys.stderr)
+    return 0
+
+
+def _eval_task(arguments: argparse.Namespace, restored: Restored, task: TaskDataset) -> int:
+    from lmtrain.evaluation import write_result
+    from lmtrain.heatmap import check_picture, draw_recall
+    from lmtrain.recall import evaluate_recall, format_recall
+
+    for_texts = ("path", "context", "stride", "carry", "by_document", "by_context")
+    _refuse(arguments, for_texts, f"for texts only; examples of {task.task.name} are scored whole")
     if arguments.prefixes and restored.model.causality == "strict":
         raise ValueError("--prefixes: this model is strict, its one pass is what every prefix says; leave it out")
-    if arguments.carry:
-        result = evaluate_carried(restored.model, dataset, seq_len=config.data.seq_len, carry=config.carry, **how)
-    else:
-        context = arguments.context or config.eval_context
-        stride = arguments.stride or (config.eval.stride if arguments.context is None else None) or context
-        how |= {"prefixes": arguments.prefixes, "watch": Waiting()}
-        result = evaluate(restored.model, dataset, context=context, stride=stride, **how)
-    _show(arguments, lambda: result.to_json(restored.checkpoint, restored.step), lambda: format_result(result))
-    kept = write_result(restored.run, result, checkpoint=restored.checkpoint, step=restored.step)
+    if arguments.plot:
+        check_picture(arguments.plot)
+    how: dict[str, Any] = {"prefixes": arguments.prefixes, "autocast": restored.autocast}
+    result = evaluate_recall(restored.model, task, arguments.length or [task.length], arguments.examples, **how)
+    row = result.to_json(restored.source)
+    kept = write_result(restored.run, result.name, row)
+    if arguments.plot:
+        draw_recall(result, arguments.plot)
+    _show(arguments, lambda: row, lambda: format_recall(result))
     print(f"kept in {kept}", file=sys.stderr)
+    return 0
+
+
+def _refuse(arguments: argparse.Namespace, options: Sequence[str], reason: str) -> None:
+    """ValueError for options that were given and have no effect here."""
+    given = [f"--{option.replace('_', '-')}" for option in options if getattr(arguments, option)]
+    if given:
+        raise ValueError(f"{', '.join(given)}: {reason}")
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from lmtrain.evaluate_run import Asked, compare_runs
+
+    names = ("on", "path", "context", "stride", "carry")
+    asked = Asked(**{name: getattr(arguments, name) for name in names})
+    comparison = compare_runs(arguments.a, arguments.b, asked)
+    _show(arguments, comparison.to_json, comparison.format)
     return 0
 
 

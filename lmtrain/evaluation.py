@@ -6,12 +6,12 @@ docs/evaluation.md has the formulas. L is the sum of -ln p over the scored token
 import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from lmtrain.files import replace_bytes
-from lmtrain.table import table
 
 CONFIDENCE = 1.96
 """Standard errors to each side of an interval that holds the truth 95 times in 100."""
@@ -57,6 +57,62 @@ class Bucket:
     stop: int
     tokens: int
     loss: float
+
+
+@dataclass(frozen=True)
+class Part:
+    """A document, or a block of the text: its scored tokens, their bytes and their L (`nats`).
+
+    words: of the document, its first token included; None for blocks and for a document that was scored in part.
+    """
+
+    title: str
+    tokens: int
+    bytes: int
+    words: int | None
+    nats: float
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """None if nothing of it was scored."""
+        return self.nats / (math.log(2) * self.bytes) if self.bytes else None
+
+    @property
+    def word_perplexity(self) -> float | None:
+        """None where the words are not known, or none."""
+        return _exp(self.nats / self.words) if self.words else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Its row."""
+        return asdict(self) | {"bits_per_byte": self.bits_per_byte, "word_perplexity": self.word_perplexity}
+
+
+@dataclass(frozen=True)
+class ContextLoss:
+    """L (`nats`) of the same targets as at any other context, each of which saw more than half of `context` tokens.
+
+    beyond_training: sequences of training were shorter.
+    """
+
+    context: int
+    tokens: int
+    bytes: int
+    nats: float
+    beyond_training: bool
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return self.nats / self.tokens
+
+    @property
+    def bits_per_byte(self) -> float:
+        """L / (ln 2 x bytes)."""
+        return self.nats / (math.log(2) * self.bytes)
+
+    def to_json(self) -> dict[str, Any]:
+        """Its row."""
+        return asdict(self) | {"loss": self.loss, "bits_per_byte": self.bits_per_byte}
 
 
 @dataclass(frozen=True)
@@ -136,14 +192,22 @@ class Leak:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """L (`nats`), its denominators and its protocol. bytes: of scored tokens; words: of the whole split."""
+    """L (`nats`), its denominators and its protocol. bytes: of scored tokens.
+
+    words: of the documents that were scored, first tokens included; None if one was scored in part. by_document: L is
+    the sum of theirs; none for a model that selects ahead, of which a sample was scored. by_block: the text in blocks,
+    where its documents are few.
+    """
 
     protocol: Protocol
     nats: float
     scored_tokens: int
     bytes: int
-    words: int
+    words: int | None
     by_position: tuple[Bucket, ...]
+    by_document: tuple[Part, ...] = ()
+    by_block: tuple[Part, ...] = ()
+    by_context: tuple[ContextLoss, ...] = ()
     leak: Leak | None = None
 
     @property
@@ -163,8 +227,8 @@ class Evaluation:
 
     @property
     def word_perplexity(self) -> float | None:
-        """exp(L / words); None unless the whole split was scored, since words are counted on all of it."""
-        return _exp(self.nats / self.words) if self.protocol.whole_split and self.words else None
+        """exp(L / words); None where the words are not known, or none."""
+        return _exp(self.nats / self.words) if self.words else None
 
     @property
     def columns(self) -> dict[str, Column]:
@@ -179,8 +243,12 @@ class Evaluation:
     def _per_byte(self, nats: float) -> float:
         return nats / (math.log(2) * self.bytes)
 
-    def to_json(self, checkpoint: Path | str | None = None, step: int | None = None) -> dict[str, Any]:
-        """The row of `eval --json`; a number that is not finite becomes null."""
+    def to_json(self, source: Mapping[str, Any] | None = None, by_document: bool = False) -> dict[str, Any]:
+        """The row of `eval --json`; a number that is not finite becomes null.
+
+        source: what else belongs into it: the model's origin (`Restored.source`). by_document: with a row for each
+        document, and for each block.
+        """
         row: dict[str, Any] = {
             **asdict(self.protocol),
             "first_token": FIRST_TOKEN[self.protocol.documents],
@@ -192,12 +260,15 @@ class Evaluation:
             "bytes": self.bytes,
             "words": self.words,
             "loss_by_position": [asdict(bucket) for bucket in self.by_position],
-            "checkpoint": None if checkpoint is None else str(checkpoint),
-            "step": step,
         }
+        if self.by_context:
+            row["loss_by_context"] = [context.to_json() for context in self.by_context]
         if self.leak is not None:
             row |= _leak_row(self.leak, *self.columns.values())
-        return _finite(row)
+        if by_document:
+            row |= {"by_document": [part.to_json() for part in self.by_document]}
+            row |= {"by_block": [part.to_json() for part in self.by_block]}
+        return _finite(row | dict(source or {}))
 
     @property
     def name(self) -> str:
@@ -209,32 +280,17 @@ class Evaluation:
         return re.sub(r"[^A-Za-z0-9_.-]", "_", f"{text}-{how}{part}")
 
 
-def write_result(run: Path, evaluation: Evaluation, *, checkpoint: Path | None = None, step: int | None = None) -> Path:
-    """Writes the row as `run/eval/<text>-<protocol>[-step<N>].json`, whole or not at all."""
-    name = evaluation.name if step is None else f"{evaluation.name}-step{step}"
-    path = Path(run) / "eval" / f"{name}.json"
+def write_result(run: Path, name: str, row: Mapping[str, Any]) -> Path:
+    """Writes `row` as `run/eval/<name>[-step<N>][-<what else is in it>].json`, whole or not at all."""
+    step = "" if row.get("step") is None else f"-step{row['step']}"
+    more = "".join(f"-{word}" for word, key in _MORE.items() if key in row)
+    path = Path(run) / "eval" / f"{name}{step}{more}.json"
     path.parent.mkdir(exist_ok=True)
-    replace_bytes(path, (json.dumps(evaluation.to_json(checkpoint, step), indent=1) + "\n").encode())
+    replace_bytes(path, (json.dumps(row, indent=1) + "\n").encode())
     return path
 
 
-def format_result(evaluation: Evaluation) -> str:
-    """The result for people: a few lines, each number beside its protocol."""
-    p = evaluation.protocol
-    words = evaluation.word_perplexity
-    per_word = "" if words is None or math.isinf(words) else f", {words:.6g} per word"
-    lines = [
-        f"{p.corpus} {p.split}: {evaluation.bits_per_byte:.4f} bits per byte ({p.scoring}, {p.causality})",
-        f"{evaluation.loss:.4f} nats per token ({p.tokenizer}); "
-        f"perplexity {evaluation.token_perplexity:.6g} per token{per_word}",
-        _what_was_scored(evaluation),
-        _what_was_seen(p),
-    ]
-    if evaluation.leak is not None:
-        drawn = "\n  ".join([*lines, *_what_was_drawn(evaluation.leak)])
-        return "\n".join([drawn, "", *_three_columns(evaluation.leak, evaluation.columns)])
-    buckets = "  ".join(f"{b.start}-{b.stop} {b.loss:.3f}" for b in evaluation.by_position)
-    return "\n  ".join([*lines, f"nats per token by tokens seen: {buckets}"])
+_MORE = {"by-document": "by_document", "by-context": "loss_by_context"}
 
 
 def _leak_row(leak: Leak, bits: Column, loss: Column) -> dict[str, Any]:
@@ -252,44 +308,6 @@ def _leak_row(leak: Leak, bits: Column, loss: Column) -> dict[str, Any]:
         "selections": leak.selections,
         "leak_by_position": [asdict(p) for p in leak.by_position],
     }
-
-
-def _three_columns(leak: Leak, columns: dict[str, Column]) -> list[str]:
-    """The numbers of one pass, which nobody may quote, beside those that stand, and the gap; in all and by position."""
-    head = ["", "one pass (leaks)", "prefix-wise", "gap", "standard error", "95 % interval"]
-    columns = columns | {f"  of {p.start}-{p.stop} seen": p.column for p in leak.by_position}
-    return [table(head, [[name, *column.cells()] for name, column in columns.items()]), "", ONE_PASS]
-
-
-def _what_was_drawn(leak: Leak) -> list[str]:
-    """Lines: how many prefixes, how they were drawn, and whose selection with which numbers made it necessary."""
-    chosen = "; ".join(
-        f"{name} is {settings['kind']} with "
-        + ", ".join(f"{key} {value}" for key, value in settings.items() if type(value) is int)
-        for name, settings in leak.selections.items()
-    )
-    lines = [f"prefix by prefix at {leak.prefixes:,} of them,", SAMPLING]
-    return [*lines, f"{chosen}: the numbers of the config, for a prefix of any length"] if chosen else lines
-
-
-def _what_was_scored(evaluation: Evaluation) -> str:
-    p = evaluation.protocol
-    first = "the first token" if p.documents == "concatenate" else "the first token of each document"
-    what = f"{evaluation.words:,} words, the whole split" if p.whole_split else "the beginning of the split"
-    return f"scored {evaluation.scored_tokens:,} tokens, {evaluation.bytes:,} bytes, {what} but {first}"
-
-
-def _what_was_seen(p: Protocol) -> str:
-    text = "one stream" if p.documents == "concatenate" else "each document alone"
-    if p.context is None or p.stride is None:
-        return f"{text}, state carried, nothing read twice; no key outlives {p.carry:,} tokens"
-    if p.stride == p.context:
-        return f"{text} in disjoint windows: a token sees from 1 to {p.context:,} before it"
-    least = p.context - p.stride + 1
-    return (
-        f"{text} in windows of {p.context:,}, {p.stride:,} new ones each: a token sees from {least:,} "
-        f"(or all there are) to {p.context:,} before it"
-    )
 
 
 def _exp(x: float) -> float:

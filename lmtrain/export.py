@@ -2,7 +2,7 @@
 
 model.safetensors   parameters and buffers by name, float32, as `DecoderLM(config.model).load_state_dict` takes them
 config.yaml         the run's configuration
-tokenizer.json      bytes or characters <-> token ids
+tokenizer.json      text <-> token ids
 """
 
 from __future__ import annotations

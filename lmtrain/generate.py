@@ -222,10 +222,13 @@ def _reader(model: DecoderLM) -> Reader:
 
 def _encode(tokenizer: Tokenizer, prompt: bytes) -> np.ndarray:
     try:
-        return tokenizer.encode(prompt or START)
+        ids = tokenizer.encode(prompt or START)
     except ValueError as error:
         hint = "" if prompt else "; an empty prompt stands for a newline, give another one"
         raise ValueError(f"prompt: {error}{hint}") from None
+    if not len(ids):
+        raise ValueError(f"prompt: the tokenizer {tokenizer.name} finds no token in it; give one at least")
+    return ids
 
 
 def _tensor(ids: np.ndarray, model: DecoderLM) -> Tensor:

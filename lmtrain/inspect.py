@@ -208,8 +208,9 @@ def inspect(config: Config, asked: Asked | None = None) -> Inspection:
     """
     note = ""
     if config.model.vocab_size is None:
-        note = f"model.vocab_size is not known before the text is read: {BYTE_VOCABULARY} is assumed here"
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=BYTE_VOCABULARY))
+        assumed = config.data.vocab_size if config.data.tokenizer == "bpe" else BYTE_VOCABULARY
+        note = f"model.vocab_size is not known before the text is read: {assumed} is assumed here"
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=assumed))
     with torch.device("meta"):
         model = DecoderLM(config.model)
     parts, memory = _parts(config, model), estimate_memory(config, model)

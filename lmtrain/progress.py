@@ -71,11 +71,11 @@ class Stopwatch:
 
 @dataclass(frozen=True)
 class Pace:
-    """What a line says beyond the row: flops per second, and the most the device reaches if that is known; bytes of
-    memory; seconds left."""
+    """What a line says beyond the row: bits per byte, of a text; flops per second, and the most the device reaches if
+    that is known; bytes of memory; seconds left."""
 
     steps: int
-    bits_per_byte: float
+    bits_per_byte: float | None
     flops: float
     peak_flops: float | None
     memory: float
@@ -85,11 +85,11 @@ class Pace:
 def step_line(row: dict[str, Any], pace: Pace) -> str:
     """One line about a training step; row: see `metrics.jsonl`."""
     used = f"{pace.flops / pace.peak_flops:.0%} mfu" if pace.peak_flops else f"{si(pace.flops)}FLOP/s"
-    mark = "" if row["causality"] == "strict" else " (both see ahead)"
+    bits = "" if pace.bits_per_byte is None else f"  {pace.bits_per_byte:.3f} bpb"
+    mark = "" if row["causality"] == "strict" else " (sees ahead)" if not bits else " (both see ahead)"
     parts = [
         f"step {row['step']}/{pace.steps}",
-        f"loss {row['loss']:.4f}",
-        f"{pace.bits_per_byte:.3f} bpb{mark}",
+        f"loss {row['loss']:.4f}{bits}{mark}",
         f"lr {row['lr']:.1e}",
         f"|g| {row['grad_norm']:.2f}",
         f"{si(row['tokens_per_second'])} tok/s",

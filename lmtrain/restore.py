@@ -15,6 +15,7 @@ from lmtrain.checkpoint.shelf import candidates
 from lmtrain.config import Config, load, reload
 from lmtrain.hardware import pick_device
 from lmtrain.model import DecoderLM
+from lmtrain.run import environment
 from lmtrain.setup import build_data, build_model, with_vocabulary
 from parallel.engine import DTYPES, autocast
 
@@ -24,7 +25,7 @@ class Restored:
     """A trained model, in evaluation mode on the device of this process, and where it comes from.
 
     config: with model.vocab_size filled in. run: its folder. checkpoint: the folder that was read, of `step`
-    updates. fingerprint: of the tokens that the model was trained on.
+    updates; checkpoint_sha256: of its manifest. fingerprint: of the tokens that the model was trained on.
     """
 
     config: Config
@@ -33,7 +34,19 @@ class Restored:
     run: Path
     checkpoint: Path
     step: int
+    checkpoint_sha256: str
     fingerprint: str | None
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """Where a number of this model comes from, as JSON: the weights, and what it was computed on."""
+        return {
+            "checkpoint": str(self.checkpoint),
+            "checkpoint_sha256": self.checkpoint_sha256,
+            "step": self.step,
+            "trained_length": self.config.data.seq_len,
+            "environment": environment.describe(),
+        }
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision that the model was trained in."""
@@ -65,6 +78,7 @@ def open_run(path: str | Path, checkpoint: str | Path | None = None, overrides: 
         run,
         checkpoint=loaded.path,
         step=loaded.step,
+        checkpoint_sha256=loaded.manifest.checksum,
         fingerprint=loaded.manifest.dataset,
     )
 

@@ -9,10 +9,10 @@ Several ranks do all of it together, each with rows of its own; the first one wr
 from __future__ import annotations
 
 import hashlib
-import math
 import sys
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,12 @@ import torch
 from attention.mixer import Context, parameter_count
 from data.loader import Batch
 from data.shards import TokenDataset
+from data.tasks import TaskDataset
 from lmtrain import checkpoint, fault, watch
 from lmtrain import config as configuration
 from lmtrain.board import Board
 from lmtrain.config import Config
-from lmtrain.evaluate import Evaluation, EvaluationStopped, evaluate, evaluate_carried
+from lmtrain.evaluate import EvaluationStopped
 from lmtrain.hardware import peak_flops, peak_memory, pick_device
 from lmtrain.progress import Nowhere, Pace, Progress, Stopwatch, step_line
 from lmtrain.resume import choose, refuse_others
@@ -44,6 +45,7 @@ from lmtrain.setup import (
 )
 from lmtrain.signals import StopRequest
 from lmtrain.streams import Streams
+from lmtrain.validation import Report, bits_per_byte, validate
 from parallel.agree import AgreedError, by_first, first_before_others, together
 from parallel.engine import StepInfo
 from parallel.sequence import SequenceShard, even_lengths
@@ -204,7 +206,7 @@ class Training:
             info = self.engine.step(learning_rate(self.step, self.config.train.steps, self.config.optimizer))
             mixers = watch.read(statistics or {})
         self.step += 1
-        self.samples += self.config.batch_sequences
+        self.samples = self.loader.after(self.samples)
         self.tokens += self.config.train.batch_tokens
         self.skips_in_a_row = self.skips_in_a_row + 1 if info.skipped else 0
         self.skipped += info.skipped
@@ -269,7 +271,9 @@ class Training:
             return
         self.run.log_metrics(row)
         mark = "" if causality == "strict" else "_sees_ahead"
-        scalars = {f"train/loss{mark}": info.loss, f"train/bpb{mark}": seen.bits_per_byte}
+        scalars = {f"train/loss{mark}": info.loss}
+        if seen.bits_per_byte is not None:
+            scalars[f"train/bpb{mark}"] = seen.bits_per_byte
         scalars |= {f"train/{key}": row[key] for key in ("lr", "grad_norm", "tokens", "skipped")}
         scalars |= {"perf/tokens_per_second": row["tokens_per_second"], "perf/memory": seen.memory}
         if self.shard is not None:
@@ -277,43 +281,17 @@ class Training:
         self._scalars(scalars | {"perf/flops": seen.flops} | watch.tags(mixers))
         self.seconds.reset()
 
-    def _evaluate(self) -> Evaluation:
-        """Score the beginning of the validation split; the row and the board get the numbers."""
-        result = self.engine.reading(self._scored)
-        protocol = result.protocol
-        row = {"step": self.step, "tokens": self.tokens, "split": protocol.split, "loss": result.loss}
-        row |= {"bits_per_byte": result.bits_per_byte, "scored_tokens": result.scored_tokens}
-        row |= {"context": protocol.context, "stride": protocol.stride, "scoring": protocol.scoring}
-        row["causality"] = protocol.causality
-        self.run.log_metrics(row)
-        self._scalars(
-            {f"eval/{protocol.corpus}/loss": result.loss, f"eval/{protocol.corpus}/bpb": result.bits_per_byte}
-        )
-        windows = f"context {protocol.context}, stride {protocol.stride}"
-        reach = windows if protocol.carry is None else f"carry {protocol.carry}"
-        self.progress.note(
-            f"step {self.step}: validation loss {result.loss:.4f}, {result.bits_per_byte:.4f} bits per byte "
-            f"({result.scored_tokens:,} tokens of {protocol.corpus}, {protocol.scoring}, {reach})"
-            + ("" if protocol.causality == "strict" else "; the losses of training see ahead and do not compare")
-        )
-        return result
+    def _evaluate(self) -> None:
+        """Score the beginning of each validation text; the rows and the board get the numbers."""
+        for dataset in self.data.validation:
+            told = self.engine.reading(partial(self._validated, dataset))
+            self.run.log_metrics({"step": self.step, "tokens": self.tokens, "corpus": dataset.corpus, **told.row})
+            self._scalars(told.scalars)
+            self.progress.note(f"step {self.step}: {told.words}")
 
-    def _scored(self) -> Evaluation:
-        """As the model is trained: what trains on streams is scored with its state carried, unless windows are asked
-        for."""
-        config = self.config
-        how: dict[str, Any] = {
-            "max_tokens": config.eval.tokens,
-            "documents": config.data.documents,
-            "autocast": self.engine.autocast,
-            "should_stop": self._stop_evaluating,
-        }
-        text = self.data.validation
-        if config.data.stream and config.eval.context is None:
-            return evaluate_carried(self.model, text, seq_len=config.data.seq_len, carry=config.carry, **how)
-        return evaluate(
-            self.model, text, context=config.eval_context, stride=config.eval_stride, world=self.world, **how
-        )
+    def _validated(self, dataset: TokenDataset | TaskDataset) -> Report:
+        how: dict[str, Any] = {"autocast": self.engine.autocast, "should_stop": self._stop_evaluating}
+        return validate(self.model, dataset, self.config, world=self.world, **how)
 
     def _stop_evaluating(self) -> bool:
         self.at(f"the evaluation at step {self.step}")
@@ -372,16 +350,19 @@ class Training:
 
     def _introduce(self, start: str) -> None:
         model, config = self.config.model, self.config
-        text = self.data.train
+        data = self.data.train
+        amount = "fresh examples" if isinstance(data, TaskDataset) else f"{len(data.tokens):,} training tokens"
         self.progress.note(
             f"{self.run.path.name}: {model.layers} layers of {model.pattern!r}, "
             f"{self.parameters:,} parameters, {self.device.type}"
             + (f" with {torch.get_num_threads()} threads" if self.device.type == "cpu" else "")
         )
         self.progress.note(
-            f"{text.corpus}: {len(text.tokens):,} training tokens ({self.data.tokenizer.name}), "
+            f"{data.corpus}: {amount} ({self.data.tokenizer.name}), "
             f"{config.batch_sequences} sequences of {config.data.seq_len} per step, {config.train.steps} steps, {start}"
         )
+        for note in self.data.notes:
+            self.progress.note(note)
         if self.model.causality != "strict":
             self.progress.note(
                 "this model sees ahead: what it selects depends on later tokens, so its training loss is too low "
@@ -432,11 +413,6 @@ class Training:
 
     def _complain(self, line: str) -> None:
         self.progress.note(f"warning: {line}")
-
-
-def bits_per_byte(loss: float, dataset: TokenDataset) -> float:
-    """Loss in nats per token as bits per byte, by the split's mean bytes per token."""
-    return loss / math.log(2) * len(dataset.tokens) / dataset.bytes
 
 
 def _to(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:

@@ -1,5 +1,6 @@
 """README.md is executed: every command it shows, on a shortened demo run; its table of mixers is the registry's."""
 
+import json
 import os
 import re
 import shlex
@@ -34,6 +35,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "configs").symlink_to(ROOT / "configs")
     (folder / "enwik8").write_bytes(b"<mediawiki xmlns=" + TEXT)
     (folder / "input.txt").write_bytes(TEXT)
+    for split, number in (("train", 1), ("validation", 2)):
+        (folder / "deepmind-gutenberg" / split).mkdir(parents=True)
+        (folder / "deepmind-gutenberg" / split / f"{number}.txt").write_bytes(b"Book %d\r\n" % number + TEXT)
+    (folder / "books").mkdir()
+    (folder / "books/one.txt").write_bytes(TEXT)
+    (folder / "texts").mkdir()
+    (folder / "texts/mine.jsonl").write_text(json.dumps({"text": TEXT.decode()}))
     run(folder, ["lmtrain", "train", "demo", *SHORT, *LITTLE])
     return folder
 

@@ -46,11 +46,20 @@ class Manifest:
     world: int = 1
     versions: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def content(self) -> dict[str, Any]:
+        """What is written, but for the checksum."""
+        return {"format": FORMAT, **asdict(self)}
+
+    @property
+    def checksum(self) -> str:
+        """sha256 of the content, which holds the hash of every file: identifies the checkpoint."""
+        return _checksum(self.content)
+
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Writes `manifest.json` into `folder`, durably."""
-    content = {"format": FORMAT, **asdict(manifest)}
-    content["checksum"] = _checksum(content)
+    content = {**manifest.content, "checksum": manifest.checksum}
     with HashingWriter(folder / NAME) as writer:
         writer.write(_text(content))
 

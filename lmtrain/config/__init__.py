@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from attention.mixer import nearest
+from data.tasks import TASKS
 from lmtrain.config.problems import COMMAND_LINE, DEFAULT, ConfigError, Problem
 from lmtrain.config.reader import Key, Node, interpolate, override, read_yaml
 from lmtrain.config.rules import EFFECTS, broken_rules
@@ -206,8 +207,10 @@ def _load(written: Node, problems: list[Problem], run_dir: str, checks: Iterable
     faulty = {problem.key for problem in problems}
     problems += _placed(_without_effect(config, written), written, config, faulty)
     faulty = {problem.key for problem in problems}
-    if config.model.vocab_size is None and config.data.tokenizer == "bytes":
-        config.model.vocab_size = BYTE_VOCABULARY
+    if config.data.corpus in TASKS:
+        config.data.task = dataclasses.asdict(config.task)  # type: ignore[call-overload]
+    if config.model.vocab_size is None:
+        config.model.vocab_size = config.known_vocabulary
     problems += _placed(broken_rules(config, ranks, faulty), written, config, faulty)
     faulty = {problem.key for problem in problems}
     problems += _placed(_checked(checks, config, bool(problems)), written, config, faulty)
@@ -242,11 +245,11 @@ def _overridden(tree: Node, overrides: Sequence[str]) -> tuple[Node, list[Proble
 
 
 def _is_group(key: Key) -> bool:
-    return len(key) == 1 or key == ("model", "mixers")
+    return len(key) == 1 or key in (("model", "mixers"), ("data", "task"))
 
 
 def _is_mapping(key: Key) -> bool:
-    return _is_group(key) or key[:-1] == ("model", "mixers") or key == ("parallel", "deepspeed")
+    return _is_group(key) or key[:-1] == ("model", "mixers") or key in (("parallel", "deepspeed"), ("data", "mixture"))
 
 
 def _without_effect(config: Config, written: Node) -> list[Problem]:

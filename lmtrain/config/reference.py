@@ -7,6 +7,7 @@ import inspect
 from typing import Any
 
 from attention.mixer import MIXERS
+from data.tasks import TASKS
 from lmtrain.config.schema import SECTIONS
 from lmtrain.config.values import hints_of, in_words, range_in_words
 
@@ -43,11 +44,19 @@ model:
 """
 
 
+_TASKS_HEAD = """\
+## Synthetic tasks
+
+`data.corpus` names one, `data.task` has its settings; [recall.md](recall.md) says what they are.
+"""
+
+
 def reference() -> str:
-    """The page, in Markdown: a table for each section, then one for each mixer."""
+    """The page, in Markdown: a table for each section, then one for each mixer and each synthetic task."""
     sections = [_chapter(f"## {name}", of, f"{name}.") for name, of in SECTIONS.items()]
     mixers = [_chapter(f"### {name}", MIXERS[name].Config, "", MIXERS[name]) for name in sorted(MIXERS)]
-    return "\n".join([_HEAD, *sections, _MIXERS_HEAD, *mixers])
+    tasks = [_chapter(f"### {name}", TASKS[name], "data.task.") for name in TASKS]
+    return "\n".join([_HEAD, *sections, _MIXERS_HEAD, *mixers, _TASKS_HEAD, *tasks])
 
 
 def _chapter(title: str, settings: Any, prefix: str, described: Any = None) -> str:

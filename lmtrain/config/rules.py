@@ -9,8 +9,14 @@ import torch
 
 from attention.divisors import nearest_divisors
 from attention.mixer import MIXERS, nearest
+from data.corpus import readers_of, reads
+from data.mixture import MIXTURE
+from data.order import read_ranges
+from data.tasks import TASKS
+from data.tokenizer import NAMES
+from lmtrain.config.mixture import ingredients
 from lmtrain.config.problems import Problem
-from lmtrain.config.schema import BYTE_VOCABULARY, Config
+from lmtrain.config.schema import Config
 from parallel.deepspeed_settings import deepspeed_settings
 
 
@@ -35,6 +41,10 @@ class Effect:
     reason: str
 
 
+def _read_by_the_corpus(setting: str) -> Callable[[Config], bool]:
+    return lambda config: reads(config.data.corpus, setting)
+
+
 EFFECTS = [
     Effect(
         "optimizer.decay",
@@ -48,23 +58,32 @@ EFFECTS = [
         lambda c: c.optimizer.schedule != "constant",
         "a constant schedule ends at the peak",
     ),
+    *(
+        Effect(f"data.{name}", "data.corpus", _read_by_the_corpus(name), f"it has one {readers_of(name)}")
+        for name in ("path", "validation", "alphabet", "column", "subset", "split", "revision", "streaming")
+    ),
+    Effect("data.mixture", "data.corpus", lambda c: c.data.corpus == MIXTURE, "only a mixture has texts of its own"),
     Effect(
-        "data.path",
+        "data.task",
         "data.corpus",
-        lambda c: c.data.corpus not in ("stdlib", "iid"),
-        "the corpora stdlib and iid have no file to be found",
+        lambda c: c.data.corpus in TASKS,
+        f"only a synthetic task has such settings ({', '.join(TASKS)})",
+    ),
+    *(
+        Effect(key, "data.corpus", lambda c: c.data.corpus not in TASKS, reason)
+        for key, reason in {
+            "data.tokenizer": "a synthetic task has tokens of its own",
+            "data.documents": "each example of a synthetic task stands alone",
+            "data.cache": "the examples of a synthetic task are made as they are read",
+            "eval.context": "the examples of a synthetic task are scored whole",
+            "eval.stride": "the examples of a synthetic task are scored whole",
+        }.items()
     ),
     Effect(
-        "data.alphabet",
-        "data.corpus",
-        lambda c: c.data.corpus == "iid",
-        "only the corpus iid is drawn from an alphabet",
-    ),
-    Effect(
-        "data.validation",
-        "data.corpus",
-        lambda c: c.data.corpus != "enwik8",
-        "enwik8 has its own split",
+        "data.vocab_size",
+        "data.tokenizer",
+        lambda c: c.data.tokenizer == "bpe",
+        "only the tokenizer bpe is made of a size that can be chosen",
     ),
     *(
         Effect(key, "parallel.engine", lambda c: c.parallel.engine == "deepspeed", "only deepspeed knows it")
@@ -73,6 +92,7 @@ EFFECTS = [
 ]
 
 RULES: list[Rule] = []
+TASK_KEYS = ("data.corpus.", "data.task.", "data.seq_len.")
 
 
 def rule(*keys: str) -> Callable[[Callable[[Config, int], str | None]], Callable[[Config, int], str | None]]:
@@ -91,6 +111,9 @@ def broken_rules(config: Config, ranks: int, faulty: set[str]) -> Iterator[Probl
     for each in RULES:
         if not faulty.intersection(each.keys) and (message := each.check(config, readers)):
             yield Problem("", each.keys[0], message)
+    if config.data.corpus in TASKS and not any(f"{key}.".startswith(TASK_KEYS) for key in faulty):
+        for name, message in config.task.problems(config.data.seq_len):
+            yield Problem("", f"data.task.{name}", message)
     if not faulty.intersection(("model", "model.pattern")):
         yield from _pattern_problems(config, faulty)
 
@@ -136,10 +159,14 @@ def _positions_reach(config: Config, ranks: int) -> str | None:
     return f"the position table is shorter than {' and '.join(longer)}" if longer else None
 
 
-@rule("data.stream", "model.learned_positions", "train.activation_checkpointing", "train.compile")
+@rule("data.stream", "data.corpus", "model.learned_positions", "train.activation_checkpointing", "train.compile")
 def _streams_go_on(config: Config, ranks: int) -> str | None:
     if not config.data.stream:
         return None
+    if config.data.corpus in TASKS:
+        return f"no example of {config.data.corpus} goes on from another: set it to false"
+    if config.data.corpus == MIXTURE:
+        return "the texts of a mixture do not go on from each other: set it to false"
     if config.model.learned_positions is not None:
         return "a stream runs out of the table of model.learned_positions; use rotary positions"
     if config.train.activation_checkpointing:
@@ -165,12 +192,32 @@ def _sequences_can_be_shared(config: Config, ranks: int) -> str | None:
     )
 
 
-@rule("model.vocab_size", "data.tokenizer")
-def _vocabulary_holds_bytes(config: Config, ranks: int) -> str | None:
-    size = config.model.vocab_size
-    if size is None or size >= BYTE_VOCABULARY or config.data.tokenizer != "bytes":
+@rule("model.vocab_size", "data.tokenizer", "data.corpus", "data.task")
+def _vocabulary_is_held(config: Config, ranks: int) -> str | None:
+    size, known = config.model.vocab_size, config.known_vocabulary
+    if size is None or known is None or size >= known:
         return None
-    return f"less than the {BYTE_VOCABULARY} tokens of the tokenizer bytes"
+    whose = config.data.corpus if config.data.corpus in TASKS else "the tokenizer bytes"
+    return f"less than the {known} tokens of {whose}"
+
+
+@rule("data.skip", "data.stream")
+def _skip_is_ranges(config: Config, ranks: int) -> str | None:
+    if config.data.skip is not None and config.data.stream:
+        return "the rows of data.stream read on, they leave nothing out: set it to null"
+    try:
+        read_ranges(config.data.skip)
+    except ValueError as error:
+        return str(error).removeprefix("data.skip: ")
+    return None
+
+
+@rule("data.tokenizer")
+def _tokenizer_is_known(config: Config, ranks: int) -> str | None:
+    name = config.data.tokenizer
+    if name in NAMES or "/" in name or name.endswith(".json"):
+        return None
+    return f"must be {', '.join(NAMES)} or the path of a tokenizer.json{nearest(name, list(NAMES))}"
 
 
 @rule("optimizer.decay", "optimizer.warmup", "optimizer.schedule")
@@ -183,8 +230,21 @@ def _schedule_fits(config: Config, ranks: int) -> str | None:
 
 @rule("data.path", "data.corpus")
 def _text_has_a_path(config: Config, ranks: int) -> str | None:
-    missing = config.data.corpus == "text" and config.data.path is None
-    return "the corpus text needs the path of its files" if missing else None
+    needed = {"text": "the path of its files", "jsonl": "the path of its files", "hub": "the name of a dataset"}
+    if config.data.path is not None or config.data.corpus not in needed:
+        return None
+    return f"the corpus {config.data.corpus} needs {needed[config.data.corpus]}"
+
+
+@rule("data.mixture", "data.corpus")
+def _mixture_is_told(config: Config, ranks: int) -> str | None:
+    if config.data.corpus != MIXTURE:
+        return None
+    try:
+        ingredients(config.data.mixture)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 @rule("data.validation")
@@ -192,8 +252,8 @@ def _validation_share(config: Config, ranks: int) -> str | None:
     try:
         share = float(config.data.validation)
     except ValueError:
-        return None  # the path of a file
-    return None if 0 < share < 1 else "must be a share > 0 and < 1, or the path of a file"
+        return None  # the path of a text, or the name of a split
+    return None if 0 < share < 1 else "must be a share > 0 and < 1, or the path of a text"
 
 
 @rule("parallel.engine", "train.dtype", "train.compile", "optimizer.kind")

@@ -5,14 +5,23 @@ from __future__ import annotations
 import dataclasses
 import typing
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from attention.divisors import largest_divisor
+from data.corpora import CORPORA
+from data.corpora.contract import DEFAULT_ALPHABET, DEFAULT_COLUMN, DEFAULT_SPLIT, DEFAULT_VALIDATION
+from data.mixture import MIXTURE
+from data.tasks import TASKS, Task
 
 MICRO_BATCH_TOKENS = 16384
 """Most tokens that a derived micro-batch holds."""
 
 BYTE_VOCABULARY = 256
+
+if TYPE_CHECKING:
+    CorpusName = str
+else:  # one of those that are registered
+    CorpusName = Literal[(*CORPORA, MIXTURE, *TASKS)]
 
 
 def setting(
@@ -44,19 +53,48 @@ class RunConfig:
 class DataConfig:
     """What is read."""
 
-    corpus: Literal["text", "enwik8", "stdlib", "iid"] = setting(
+    corpus: CorpusName = setting(  # noqa: RUF009 - a name is immutable
         "stdlib",
-        "`text`: files of your own; `enwik8`; `stdlib`: the Python sources on this machine; `iid`: independent "
-        "uniform letters, which nobody predicts without seeing them",
+        "`text`, `jsonl`: files of your own; `hub`: a dataset of the hub; `enwik8`, `text8`, `pg19`, `wikitext2`, "
+        "`wikitext103`; `stdlib`: the Python sources on this machine; `iid`: independent uniform letters, which nobody "
+        "predicts without seeing them ([data.md](data.md)); `mixture` of several; or a synthetic task",
+    )
+    task: dict[str, Any] = field(
+        default_factory=dict, metadata={"meaning": "settings of the synthetic task that is the corpus; see below"}
+    )
+    mixture: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "meaning": "texts of the corpus `mixture`: name -> weight, or {weight: ..., corpus: ..., its settings}; a "
+            "text is called as its corpus unless that is given"
+        },
     )
     path: str | None = setting(
-        None, "file, folder or pattern; a relative one is looked up here, then in `$LMTRAIN_DATA`"
+        None,
+        "file, folder or pattern; a relative one is looked up here, then in `$LMTRAIN_DATA`. `hub`: the name of the "
+        "dataset, or a folder laid out like one",
     )
-    validation: str = setting("0.1", "what validates: a share at the end of the text, or the path of a file")
+    validation: str = setting(
+        DEFAULT_VALIDATION,
+        "what validates: a share at the end of the text, or the path of a text; `hub`: or the name of a split",
+    )
     alphabet: int = setting(
-        4, "letters of the corpus `iid`: at best it costs log2 of it bits per byte", at_least=2, at_most=26
+        DEFAULT_ALPHABET,
+        "letters of the corpus `iid`: at best it costs log2 of it bits per byte",
+        at_least=2,
+        at_most=26,
     )
-    tokenizer: Literal["bytes", "characters"] = setting("bytes", "`bytes`, or the `characters` of the training text")
+    column: str = setting(DEFAULT_COLUMN, "the column of a table that holds the text (`jsonl`, `hub`)")
+    subset: str | None = setting(None, "of a dataset of the hub that has several, the one that is meant")
+    split: str = setting(DEFAULT_SPLIT, "of a dataset of the hub, the split that trains")
+    revision: str | None = setting(None, "of a dataset of the hub: branch, tag or commit; null = the newest")
+    streaming: bool = setting(False, "read a dataset of the hub while it arrives, without a copy of its files")
+    tokenizer: str = setting(
+        "bytes",
+        "`bytes`; the `characters` of the training text; `bpe`: pairs of bytes, learnt from it; or the path of a "
+        "tokenizer.json",
+    )
+    vocab_size: int = setting(32000, "tokens of the tokenizer bpe", at_least=257, at_most=1 << 20)
     seq_len: int = setting(1024, "tokens of a training sequence", at_least=1)
     documents: Literal["concatenate", "reset"] = setting(
         "concatenate", "`reset`: documents packed into one sequence do not see each other"
@@ -65,6 +103,10 @@ class DataConfig:
         False,
         "each row of a batch is one continuous text, read in segments of seq_len tokens; what the mixers remember is "
         "carried along",
+    )
+    skip: str | None = setting(
+        None,
+        "samples that are never read, say after a spike of the loss: `1000:1100, 5000:5200`, without the last ones",
     )
     carry: int | None = setting(
         None, "carried along, no key lives for more tokens than that; null = 4 x seq_len", at_least=1
@@ -234,6 +276,18 @@ class Config:
         if self.train.micro_batch is not None:
             return self.train.micro_batch
         return largest_divisor(self.batch_sequences // ranks, max(1, MICRO_BATCH_TOKENS // self.data.seq_len))
+
+    @property
+    def task(self) -> Task:
+        """The synthetic task that data.corpus names."""
+        return TASKS[self.data.corpus](**self.data.task)
+
+    @property
+    def known_vocabulary(self) -> int | None:
+        """Tokens of the text, where these are known without reading it."""
+        if self.data.corpus in TASKS:
+            return self.task.vocab_size
+        return BYTE_VOCABULARY if self.data.tokenizer == "bytes" else None
 
     @property
     def carry(self) -> int:

@@ -11,6 +11,7 @@ from torch import nn
 
 import attention  # noqa: F401 - registers the mixers
 from attention.mixer import MIXERS, nearest
+from data.tasks import TASKS
 from lmtrain.config.problems import Problem
 from lmtrain.config.reader import Node
 from lmtrain.config.schema import SECTIONS, Config
@@ -55,6 +56,8 @@ class Reading:
                 self.problems.append(Problem(node.where, key, message))
             elif key == "model.mixers":
                 values[name] = self._mixers(node)
+            elif key == "data.task":
+                values[name] = self._task(node, nodes.get("corpus"))
             else:
                 self._setting(node, key, fields[name], hints_of(settings)[name], values)
         return values
@@ -92,6 +95,15 @@ class Reading:
                 values = self._settings(settings, MIXERS[kind].Config, key, kind)
                 mixers[name] = {"kind": kind} | dataclasses.asdict(MIXERS[kind].Config(**values))
         return mixers
+
+    def _task(self, node: Node, corpus: Node | None) -> dict[str, Any]:
+        """The settings of the task that is the corpus; of any other corpus `EFFECTS` complain."""
+        name = None if corpus is None else corpus.value
+        if not isinstance(node.value, dict):
+            self._tell(node, "data.task", "must be a mapping of settings")
+        elif isinstance(name, str) and name in TASKS:
+            return self._settings(node.value, TASKS[name], "data.task", name)
+        return {}
 
     def _kind(self, mixer: Node, key: str) -> str | None:
         kinds = sorted(MIXERS)

@@ -29,7 +29,9 @@ def shipped_data() -> Path:
     """The folder of real corpora, if this machine has one."""
     folder = os.environ.get("LMTRAIN_DATA")
     if not folder:
-        pytest.skip("set LMTRAIN_DATA to the folder with tinyshakespeare/ and enwik8* to run this test")
+        pytest.skip(
+            "set LMTRAIN_DATA to the folder with tinyshakespeare/, enwik8*, pg19_* and wikitext-2/ to run this test"
+        )
     return Path(folder)
 
 

@@ -2,15 +2,24 @@
 
 import gzip
 import lzma
+import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import data.compressed
 import data.document
 from data.document import Document, Split, WordCounter, character_start, whole_documents
 
+zstd = pytest.importorskip("backports.zstd" if sys.version_info < (3, 14) else "compression.zstd")
+COMPRESS = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda text: zstd.compress(text, options={zstd.CompressionParameter.checksum_flag: 1}),
+}
 TEXT = "naïve 文字 🎈 words\r\nand\tmore ".encode()
 
 
@@ -24,13 +33,13 @@ def pieces(content: bytes, sizes: list[int]) -> list[str]:
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 4, 5, 7, 1000])
-@pytest.mark.parametrize("suffix", ["", ".gz", ".xz"])
+@pytest.mark.parametrize("suffix", list(COMPRESS))
 def test_chunks_are_the_text_and_cut_no_character(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, suffix: str
 ) -> None:
     monkeypatch.setattr(data.document, "CHUNK", chunk)
     path = tmp_path / f"text{suffix}"
-    path.write_bytes({"": bytes, ".gz": gzip.compress, ".xz": lzma.compress}[suffix](TEXT * 3))
+    path.write_bytes(COMPRESS[suffix](TEXT * 3))
     document = Document.whole(path)
     assert document.num_bytes == 3 * len(TEXT)
     chunks = list(document.chunks())
@@ -62,10 +71,10 @@ def test_a_file_that_has_become_shorter_is_named_with_the_offset(tmp_path: Path)
         list(document.chunks())
 
 
-@pytest.mark.parametrize(("suffix", "compress"), [(".gz", gzip.compress), (".xz", lzma.compress)])
+@pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst"])
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "not compressed"])
-def test_a_damaged_archive_is_named(tmp_path: Path, suffix: str, compress, damage: str) -> None:
-    content = bytearray(compress(TEXT * 50))
+def test_a_damaged_archive_is_named(tmp_path: Path, suffix: str, damage: str) -> None:
+    content = bytearray(COMPRESS[suffix](TEXT * 50))
     if damage == "truncated":
         content = content[:-9]
     elif damage == "flipped":
@@ -76,6 +85,13 @@ def test_a_damaged_archive_is_named(tmp_path: Path, suffix: str, compress, damag
     path.write_bytes(content)
     with pytest.raises(ValueError, match=f"broken{suffix}: cannot be read"):
         Document.whole(path)
+
+
+def test_without_its_package_a_zst_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.zst").write_bytes(zstd.compress(TEXT))
+    monkeypatch.setattr(data.compressed, "ZSTD", None)
+    with pytest.raises(ValueError, match=r"a\.zst: to read \.zst files, pip install backports\.zstd"):
+        Document.whole(tmp_path / "a.zst")
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
@@ -108,6 +124,13 @@ def test_words_are_counted_as_by_split(text: str, sizes: list[int]) -> None:
     assert counter.words == len(content.decode().split())
 
 
+def test_ends_of_lines_count_where_they_are_words() -> None:
+    counter = WordCounter(lines_are_words=True)
+    for chunk in (b" \n = Tit", b"le = \n two words \n"):
+        counter.add(chunk)
+    assert counter.words == 5 + 3
+
+
 def test_words_of_bytes_that_are_no_text() -> None:
     counter = WordCounter()
     counter.add(b"\xff\xfe a\x80b\n")
@@ -119,3 +142,12 @@ def test_character_start() -> None:
     assert [character_start(text, position) for position in range(len(text))] == [0, 1, 1, 1, 4, 4, 4, 4]
     assert character_start(b"\x80" * 9, 6) == 6  # five continuation bytes in a row belong to no character
     assert character_start(b"\x80\x80", 1) == 1
+
+
+def test_titles_are_paths_below_the_common_folder(tmp_path: Path) -> None:
+    for name in ("books/a.txt", "books/b/1.txt", "books/b/2.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("text")
+    documents = whole_documents(sorted(tmp_path.rglob("*.txt")))
+    assert [document.title for document in documents] == ["a.txt", "b/1.txt", "b/2.txt"]
+    assert Document.whole(tmp_path / "books/b/1.txt").part(1, 2).title == "1.txt"

@@ -101,7 +101,7 @@ def test_training_data_cannot_validate(tmp_path: Path, link) -> None:
     if link:
         link(path, tmp_path / "link")
         path = tmp_path / "link"
-    with pytest.raises(ValueError, match=f"{path} is also training data"):
+    with pytest.raises(ValueError, match=f"{path} of the split validation is also training data"):
         hold_out(documents, str(path))
 
 

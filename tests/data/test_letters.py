@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import data.letters
+from data.corpora import iid
 from data.corpus import load_corpus
 from data.document import Split
 from data.letters import ALPHABET, Letters
@@ -73,7 +74,7 @@ def test_the_corpus_says_how_many_letters_it_has() -> None:
     assert set(content(corpus.split("validation"))) == set(ALPHABET[:7].encode())
     with pytest.raises(ValueError, match=r"data\.alphabet: must be from 2 to 26 letters, not 27"):
         load_corpus("iid", alphabet=27)
-    with pytest.raises(ValueError, match=r"data\.path: the corpus `iid` is drawn, not read"):
+    with pytest.raises(ValueError, match=r"data\.path: has no effect on the corpus iid"):
         load_corpus("iid", "letters.txt")
 
 
@@ -96,7 +97,7 @@ def test_another_text_may_validate(tmp_path: Path) -> None:
 
 
 def test_each_alphabet_has_tokens_of_its_own_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data.corpus, "IID_LETTERS", 1000)
+    monkeypatch.setattr(iid, "LETTERS", 1000)
     found = []
     for alphabet in (2, 4, 4):
         split = load_corpus("iid", alphabet=alphabet).split("train")

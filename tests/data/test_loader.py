@@ -3,7 +3,7 @@
 import threading
 import zlib
 from collections.abc import Callable
-from itertools import islice
+from itertools import count, islice
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from data.corpus import load_corpus
 from data.loader import UNSCORED, Batch, Loader, document_bounds
+from data.order import read_ranges, readable
 from data.shards import TokenDataset, prepare
 from data.tokenizer import CharacterTokenizer
 
@@ -31,6 +32,11 @@ def rows(batches: list[Batch]) -> dict[int, bytes]:
         for batch in batches
         for j in range(len(batch.tokens))
     }
+
+
+def rows_in(batch: Batch) -> list[bytes]:
+    """Tokens and last label of each row."""
+    return [bytes([*tokens.tolist(), labels[-1].item()]) for tokens, labels in zip(batch.tokens, batch.labels)]
 
 
 def test_a_batch_is_windows_of_the_text_with_the_next_tokens_as_labels(byte_dataset: Dataset) -> None:
@@ -95,6 +101,59 @@ def test_the_batch_size_may_change_between_runs(byte_dataset: Dataset) -> None:
     dataset = byte_dataset(TEXT)
     small, large = loader(dataset, batch_sequences=6), loader(dataset, batch_sequences=18)
     assert rows(large.step(30)) == rows(small.step(30)) | rows(small.step(36)) | rows(small.step(42))
+
+
+SKIP = ((5, 30), (41, 42), (60, 85), (70, 100))
+
+
+@pytest.mark.parametrize(("world", "micro_batch"), [(1, 12), (2, 3), (3, 2), (4, 1)])
+def test_skipped_samples_are_never_read_and_the_order_is_kept(
+    byte_dataset: Dataset, world: int, micro_batch: int
+) -> None:
+    dataset = byte_dataset(TEXT)
+    left = [sample for sample in range(300) if not any(first <= sample < last for first, last in SKIP)]
+    every = {sample: row for step in range(25) for sample, row in rows(loader(dataset).step(12 * step)).items()}
+    cursor, sources = (
+        0,
+        [loader(dataset, skip=SKIP, world=world, rank=r, micro_batch=micro_batch) for r in range(world)],
+    )
+    for step in range(12):
+        read = [row for source in sources for batch in source.step(cursor) for row in rows_in(batch)]
+        expected = left[12 * step : 12 * (step + 1)]
+        assert sorted(read) == sorted(every[sample] for sample in expected)
+        assert {source.after(cursor) for source in sources} == {expected[-1] + 1}
+        cursor = expected[-1] + 1
+
+
+def test_a_cursor_resumes_among_skipped_samples(byte_dataset: Dataset) -> None:
+    source = loader(byte_dataset(TEXT), skip=SKIP)
+    steps = list(islice(source.batches(0), 10))
+    cursor = 0
+    for index, step in enumerate(steps):
+        assert [rows_in(batch) for batch in step] == [rows_in(batch) for batch in source.step(cursor)]
+        resumed = next(loader(source.dataset, skip=SKIP).batches(cursor))
+        assert [rows_in(batch) for batch in resumed] == [rows_in(batch) for batch in steps[index]]
+        cursor = source.after(cursor)
+
+
+def test_samples_skipped_in_the_past_change_nothing(byte_dataset: Dataset) -> None:
+    dataset = byte_dataset(TEXT)
+    assert rows(loader(dataset, skip=((0, 50),)).step(60)) == rows(loader(dataset).step(60))
+
+
+@given(st.integers(0, 40), st.integers(1, 30), st.lists(st.tuples(st.integers(0, 60), st.integers(1, 9)), max_size=5))
+def test_readable_samples_are_their_definition(first: int, number: int, pieces: list[tuple[int, int]]) -> None:
+    skip = tuple(sorted((start, start + size) for start, size in pieces))
+    left = (sample for sample in count(first) if not any(start <= sample < stop for start, stop in skip))
+    assert readable(first, number, skip).tolist() == list(islice(left, number))
+
+
+def test_ranges_are_read_from_text() -> None:
+    assert read_ranges(None) == ()
+    assert read_ranges("50:60, 1:3") == ((1, 3), (50, 60))
+    for wrong in ("3:3", "5:4", "7", "a:b", "1:2,", "-1:3", "1:2:3", f"1:{10**30}", "²:³"):
+        with pytest.raises(ValueError, match=r"data\.skip: .* must be two samples first:last, first < last"):
+            read_ranges(wrong)
 
 
 def test_reset_by_hand(byte_dataset: Dataset) -> None:
@@ -173,6 +232,8 @@ def test_settings_that_do_not_fit_are_refused(byte_dataset: Dataset) -> None:
         loader(dataset, seq_len=8, micro_batch=5)
     with pytest.raises(ValueError, match="micro-batches of 2 on 4 data ranks"):
         loader(dataset, seq_len=8, world=4)
+    with pytest.raises(ValueError, match=r"data\.skip: the rows of data\.stream read on"):
+        loader(dataset, seq_len=1, micro_batch=1, batch_sequences=1, skip=((0, 1),), stream=True)
     with pytest.raises(ValueError, match=r"data\.documents: must be concatenate or reset, not 'isolate'"):
         loader(dataset, seq_len=8, documents="isolate")
 

@@ -17,7 +17,7 @@ import pytest
 
 import data.shards
 from data.corpus import Corpus, load_corpus
-from data.dataset import DOCUMENTS, META, SHARD
+from data.dataset import FILES, META
 from data.shards import default_cache, prepare
 from data.tokenizer import ByteTokenizer, CharacterTokenizer
 
@@ -48,7 +48,7 @@ def test_an_intact_dataset_is_reused(corpus: Corpus, cache: Path) -> None:
     before = snapshot(folder)
     second = prepare(corpus, "train", ByteTokenizer(), cache)
     assert snapshot(folder) == before
-    assert set(before) == {SHARD, DOCUMENTS, META}
+    assert set(before) == {*FILES, META}
     assert second.fingerprint == first.fingerprint
     assert bytes(second.tokens) == b"".join(corpus.split("train").chunks())
 
@@ -85,7 +85,7 @@ def test_the_fingerprint_does_not_depend_on_where_text_and_cache_are(
     assert one.fingerprint == other.fingerprint
 
 
-@pytest.mark.parametrize("name", [SHARD, DOCUMENTS, META])
+@pytest.mark.parametrize("name", [*FILES, META])
 @pytest.mark.parametrize("damage", ["flipped", "missing", "short"])
 def test_a_damaged_dataset_is_made_anew_with_a_warning(corpus: Corpus, cache: Path, name: str, damage: str) -> None:
     intact = prepare(corpus, "train", ByteTokenizer(), cache)
@@ -120,18 +120,18 @@ def run(program: str, *arguments: object) -> subprocess.CompletedProcess:
 
 KILLED = """
     import os, signal, sys
-    import data.dataset, data.shards
+    import data.cache, data.dataset, data.parts, data.shards
     from data.corpus import load_corpus
     from data.tokenizer import ByteTokenizer
     texts, cache, moment = sys.argv[1:]
     def kill(*arguments, **settings):
         os.kill(os.getpid(), signal.SIGKILL)
     if moment == "at commit":
-        data.shards._commit = kill
+        data.cache._commit = kill
     elif moment == "before documents.npy":
         data.dataset.np.save = kill
     else:
-        data.dataset.WordCounter.add = kill
+        data.parts.WordCounter.add = kill
     data.shards.prepare(load_corpus("text", texts), "all", ByteTokenizer(), cache)
 """
 
@@ -140,8 +140,8 @@ KILLED = """
 def test_a_killed_process_leaves_no_dataset_and_its_rest_is_removed(corpus: Corpus, cache: Path, moment: str) -> None:
     texts = corpus.split("all").documents[0].path.parent
     assert run(KILLED, texts, cache, moment).returncode == -signal.SIGKILL
-    (left,) = datasets(cache)
-    assert ".tmp-" in left.name
+    assert all(".tmp-" in path.name or path.name.endswith(".parts") for path in datasets(cache))
+    assert len(datasets(cache)) == 2
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # an unfinished dataset is no damaged one
         dataset = prepare(load_corpus("text", str(texts)), "all", ByteTokenizer(), cache)
@@ -187,10 +187,10 @@ def test_the_loser_of_a_race_uses_the_winners_dataset(
     write_dataset = data.shards.write_dataset
     inode = []
 
-    def be_overtaken(temporary: Path, *arguments: object) -> None:
-        write_dataset(temporary, *arguments)
+    def be_overtaken(temporary: Path, *arguments: object, **settings: object) -> None:
+        write_dataset(temporary, *arguments, **settings)
         target = temporary.with_name(temporary.name.split(".tmp-")[0])
-        write_dataset(target, *arguments)
+        write_dataset(target, *arguments, **settings)
         inode.append(target.stat().st_ino)
 
     monkeypatch.setattr(data.shards, "write_dataset", be_overtaken)
@@ -202,17 +202,19 @@ def test_the_loser_of_a_race_uses_the_winners_dataset(
 def test_an_unwritable_cache_is_explained(corpus: Corpus, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(
-        ValueError, match=r"data\.cache: cannot write up to 200 bytes into .*file/cache .*LMTRAIN_CACHE"
+        ValueError, match=r"data\.cache: cannot write up to 400 bytes into .*file/cache .*LMTRAIN_CACHE"
     ):
         prepare(corpus, "all", ByteTokenizer(), tmp_path / "file" / "cache")
 
 
 FULL = """
     import resource, sys
+    import data.document, data.parts
     from data.corpus import load_corpus
     from data.shards import prepare
     from data.tokenizer import ByteTokenizer
-    texts, cache = sys.argv[1:]
+    texts, cache, part_bytes = sys.argv[1:]
+    data.document.CHUNK = data.parts.PART_BYTES = int(part_bytes)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
     try:
         prepare(load_corpus("text", texts), "all", ByteTokenizer(), cache)
@@ -224,10 +226,21 @@ FULL = """
 def test_a_full_disk_is_explained_and_leaves_nothing(tmp_path: Path, cache: Path) -> None:
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] in (resource.RLIM_INFINITY, -1)
     (tmp_path / "text.txt").write_bytes(b"x" * 5000)
-    result = run(FULL, tmp_path / "text.txt", cache)
-    assert "data.cache: cannot write up to 5,000 bytes into" in result.stdout, result.stderr
+    result = run(FULL, tmp_path / "text.txt", cache, 5000)
+    assert "data.cache: cannot write up to 10,000 bytes into" in result.stdout, result.stderr
     assert "File too large" in result.stdout
     assert datasets(cache) == []
+
+
+def test_what_was_finished_before_the_disk_was_full_is_kept(tmp_path: Path, cache: Path) -> None:
+    (tmp_path / "text.txt").write_bytes(b"x" * 5000)
+    result = run(FULL, tmp_path / "text.txt", cache, 400)  # the parts fit, all together do not
+    (parts,) = datasets(cache)
+    assert f"(the part that is finished waits in {parts})" in result.stdout, result.stderr
+    assert len(list(parts.glob("part-*.json"))) > 4
+    dataset = prepare(load_corpus("text", str(tmp_path / "text.txt")), "all", ByteTokenizer(), cache)
+    assert bytes(dataset.tokens) == b"x" * 5000
+    assert not parts.exists()
 
 
 def test_a_read_only_cache_serves_what_is_in_it(corpus: Corpus, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

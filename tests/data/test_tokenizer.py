@@ -16,8 +16,8 @@ from data.tokenizer import (
     EncodingError,
     Tokenizer,
     build_tokenizer,
-    encode_text,
     from_json,
+    pieces,
     token_dtype,
     tokenizer_hash,
 )
@@ -95,8 +95,10 @@ def test_an_id_that_is_no_token_cannot_be_decoded(tokenizer: Tokenizer) -> None:
 
 
 def test_an_unknown_tokenizer_is_refused_with_the_known_ones(text_corpus: Callable[..., Corpus]) -> None:
-    with pytest.raises(ValueError, match=r"data\.tokenizer: no tokenizer 'bpe'; known: bytes, characters"):
-        build_tokenizer("bpe", text_corpus(b"x").split("all"))
+    with pytest.raises(ValueError, match=r"data\.tokenizer: 'words' is no file, nor one of bytes, characters, bpe"):
+        build_tokenizer("words", text_corpus(b"x").split("all"))
+    with pytest.raises(ValueError, match="no tokenizer is called 'words'; known: bytes, characters, bpe"):
+        from_json({"name": "words"})
 
 
 def test_characters_are_those_of_the_whole_training_text(
@@ -112,21 +114,21 @@ def test_files_and_offsets_are_named(text_corpus: Callable[..., Corpus], monkeyp
     text = text_corpus(b"abcabc", b"abca\xffbc").split("all")
     with pytest.raises(ValueError, match=r"0001\.txt, byte 4: not UTF-8"):
         build_tokenizer("characters", text)
-    with pytest.raises(ValueError, match=r"0000\.txt, byte 5: character 'c' is not in the training text"):
-        list(encode_text(CharacterTokenizer("ab"), text_corpus(b"ababac").split("all")))
 
 
-def test_encoding_in_pieces_equals_encoding_at_once(
+def test_pieces_end_where_the_tokenizer_allows_it(
     text_corpus: Callable[..., Corpus], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    content = "naïve 文字 🎈".encode() * 5
+    content = "naïve 文字 🎈, words".encode() * 5
     text = text_corpus(content).split("all")
-    tokenizer = build_tokenizer("characters", text)
     monkeypatch.setattr(data.document, "CHUNK", 3)
-    pairs = list(encode_text(tokenizer, text))
-    assert len(pairs) > 20
-    assert np.concatenate([ids for _, ids in pairs]).tolist() == tokenizer.encode(content).tolist()
-    assert b"".join(chunk for chunk, _ in pairs) == content
+    everywhere = list(pieces(text, len))
+    assert b"".join(everywhere) == content
+    assert len(everywhere) > 20
+    in_front_of_spaces = list(pieces(text, lambda chunk: max(0, chunk.rfind(b" "))))
+    assert b"".join(in_front_of_spaces) == content
+    assert all(piece.startswith(b" ") for piece in in_front_of_spaces[1:])
+    assert list(pieces(text, lambda chunk: 0)) == [content]
 
 
 def test_tiny_shakespeare_has_65_characters(shipped_data) -> None:

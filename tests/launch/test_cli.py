@@ -37,7 +37,10 @@ def test_a_command_that_makes_no_sense_exits_with_2(argv: list[str], capsys: pyt
 
 @pytest.mark.parametrize(
     "verb",
-    ["train", "eval", "generate", "inspect", "audit", "list", "bench", "checkpoint", "launch", "sweep", "report"],
+    [
+        *("train", "prepare", "eval", "compare", "generate", "inspect", "audit", "list", "bench", "checkpoint"),
+        *("launch", "sweep", "report"),
+    ],
 )
 def test_every_verb_shows_two_examples(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
@@ -150,8 +153,13 @@ def test_a_published_selection_from_training_to_writing(tmp_path: Path, capsys: 
     row = json.loads(capsys.readouterr().out)
     assert row["one_pass_bits_per_byte"] + row["gap"] == pytest.approx(row["bits_per_byte"])
     assert row["prefixes"] == pytest.approx(40, abs=3)
-    assert main(["eval", run, "--carry"]) == 2
-    assert "selects ahead within each segment; evaluate it without --carry" in capsys.readouterr().err
+    for option, refusal in [
+        ("--carry", "selects ahead within each segment; evaluate it without --carry"),
+        ("--by-document", "a sample of prefixes is scored, so there are no numbers by document"),
+        ("--by-context", "what one pass says of a context is no loss"),
+    ]:
+        assert main(["eval", run, option]) == 2
+        assert refusal in capsys.readouterr().err
     assert main(["generate", run, "--prompt", "the", "--length", "5", "--seed", "1"]) == 0
 
 

@@ -3,6 +3,7 @@
 import os
 import resource
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -180,11 +181,12 @@ def scored(world: World, folder: Path, selection: str) -> Any:
     passes: list[int] = []
     real = model.hidden
     model.hidden = lambda *words, **names: (passes.append(1), real(*words, **names))[1]  # type: ignore[method-assign]
-    text: TokenDataset = build_data(config).validation
+    text: TokenDataset = build_data(config).validation[0]
     prefixes = 20 if selection == "paper" else None
     found = evaluate(model, text, context=32, stride=16, batch_tokens=64, prefixes=prefixes, world=world)
     gap = None if found.leak is None else found.leak.gap
-    return [found.nats, found.scored_tokens, found.bytes, gap, found.by_position], len(passes)
+    parts = [*found.by_document, *found.by_block]
+    return [found.nats, found.scored_tokens, found.bytes, gap, found.by_position, parts], len(passes)
 
 
 @pytest.mark.parametrize("selection", ["strict", "paper"])
@@ -194,5 +196,9 @@ def test_evaluation_is_shared_and_its_number_that_of_one_process(folder: Path, s
     assert one == other
     assert one[1:3] == expected[1:3]
     assert one[0] == pytest.approx(expected[0], rel=1e-9)
+    assert len(one[-1]) == len(expected[-1]) == (2 if selection == "strict" else 0)
+    for part, alone_part in zip(one[-1], expected[-1], strict=True):
+        assert replace(part, nats=0) == replace(alone_part, nats=0)
+        assert part.nats == pytest.approx(alone_part.nats, rel=1e-9)
     assert passes == others
     assert alone / 2 <= passes <= alone / 2 + 2

@@ -1,6 +1,7 @@
 """Rows of a batch as continuous streams: what is carried, that it resumes bit for bit, and what cannot be."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,8 @@ def test_a_row_is_scored_as_its_lane_in_one_stream(tmp_path: Path) -> None:
     assert sorted(found) == [0, 1, 2, 3]
     for row, losses in found.items():
         tokens = np.array(text.tokens[row * lane : row * lane + 32 * steps + 1])
-        alone = DatasetOf(text, tokens)
-        expected = evaluate_carried(training.model, alone, seq_len=32, carry=48)  # type: ignore[arg-type]
+        alone = replace(text, tokens=tokens, document_starts=np.array([0, len(tokens)]))
+        expected = evaluate_carried(training.model, alone, seq_len=32, carry=48)
         assert float(torch.cat(losses).double().sum()) == pytest.approx(expected.nats, rel=1e-6)
     forgetful = losses_of_training_without_memory(training)
     assert not torch.allclose(forgetful, found[0][1], atol=1e-3), "the second segment is to know the first"
@@ -62,15 +63,6 @@ def losses_of_training_without_memory(training: Any) -> torch.Tensor:
     batch = training.loader.step(training.config.batch_sequences)[0]
     hidden = training.model.hidden(batch.tokens[:1]).y.detach()
     return token_losses(hidden.flatten(0, 1), training.model.head_weight, batch.labels[:1].flatten())
-
-
-class DatasetOf:
-    """Some tokens of a text as a text of their own."""
-
-    def __init__(self, text: Any, tokens: np.ndarray) -> None:
-        self.tokens, self.tokenizer = tokens, text.tokenizer
-        self.corpus, self.split, self.fingerprint, self.words = "part", "all", "-", 0
-        self.document_starts = np.array([0, len(tokens)])
 
 
 def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path) -> None:

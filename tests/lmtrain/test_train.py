@@ -68,6 +68,16 @@ def test_a_finished_run_is_left_alone(undisturbed: Path, capsys: pytest.CaptureF
     assert before == {path: path.read_bytes() for path in undisturbed.rglob("*.safetensors")}
 
 
+def test_a_run_goes_on_without_the_samples_of_a_spike(undisturbed: Path, tmp_path: Path) -> None:
+    assert tiny.command(tmp_path, fault="step=7:kill").wait(60) == -signal.SIGKILL
+    assert train(tiny.config(tmp_path, "data.skip=16:18, 21:29")) == DONE  # from step 4, which has read 0 to 15
+    state = checkpoint.load(tmp_path / "run/checkpoints/step-12").state
+    assert state["samples"] == 12 * 4 + 10
+    losses = [[row["loss"] for row in outcome(run)[0] if "split" not in row] for run in (undisturbed, tmp_path / "run")]
+    assert losses[0][:4] == losses[1][:4]
+    assert losses[0][4] != losses[1][4]
+
+
 @pytest.mark.parametrize("fault", ["step=1:kill", "step=7:kill", "save:before=commit", "save:bytes=9000"])
 def test_kill_9_and_the_same_command_again(undisturbed: Path, tmp_path: Path, fault: str) -> None:
     killed = tiny.command(tmp_path, fault=fault)
@@ -93,7 +103,7 @@ def test_sigterm_saves_at_the_step_boundary_and_exits_75(undisturbed: Path, tmp_
 
 
 def test_ctrl_c_while_evaluating(undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import lmtrain.train as module
+    import lmtrain.validation as module
 
     real = module.evaluate
 

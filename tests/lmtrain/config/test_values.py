@@ -135,7 +135,7 @@ def test_null_where_it_means_something(by: str, tmp_path: Path) -> None:
     assert read(tmp_path, "train.micro_batch", "null", by).train.micro_batch is None
     assert read(tmp_path, "data.cache", "null", by).data.cache is None
     assert read(tmp_path, "run.dir", "null", by).run.dir == "runs/config"
-    with pytest.raises(ConfigError, match=r"data\.tokenizer.*must be bytes or characters, not null"):
+    with pytest.raises(ConfigError, match=r"data\.tokenizer.*must be text, not null"):
         read(tmp_path, "data.tokenizer", "null", by)
 
 
