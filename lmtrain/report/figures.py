@@ -153,7 +153,7 @@ def _sparsity(collected: Collected) -> Iterator[Chart]:
             by_rho = {rho: [collected.loss(r) for r in equal if r.sparsity == rho] for rho in _sparsities(equal)}
             if len(by_rho) > 1:
                 points = [Point(rho, float(np.mean(losses))) for rho, losses in by_rho.items()]
-                label = f"{mixer}, {equal[0].flops:.2g} FLOPs"
+                label = f"{equal[0].flops:.2g} FLOPs, {mixer}"
                 series.append(Series(label, len(series), points, line=True))
     if series:
         title = "Loss against sparsity at equal FLOPs (means over seeds)"
