@@ -53,7 +53,7 @@ def draw(chart: Chart, *, alone: bool) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" role="img" viewBox="0 0 {WIDTH} {plot.height}" '
         f'width="{WIDTH}" height="{plot.height}" aria-label="{safe(chart.title)}">',
         f"<style>{style()}</style>" if alone else "",
-        f'<text class="title" x="{plot.left}" y="18">{safe(chart.title)}</text>',
+        f'<text class="title" x="10" y="18">{safe(chart.title)}</text>',
         *plot.axes(),
         *(part for series in chart.series for part in plot.series(series)),
         *plot.legend(),
