@@ -246,6 +246,7 @@ class Training:
             "lr": info.lr,
             "grad_norm": info.grad_norm,
             "tokens_per_second": config.train.batch_tokens * steps_per_second,
+            "peak_memory": peak_memory(self.device),
             "skipped": self.skipped,
             "batch": crc,
             "causality": causality,
@@ -262,7 +263,7 @@ class Training:
             bits_per_byte=bits_per_byte(info.loss, self.data.train),
             flops=self.step_flops * steps_per_second,
             peak_flops=self.peak_flops,
-            memory=peak_memory(self.device),
+            memory=row["peak_memory"],
             seconds_left=(config.train.steps - self.step) / steps_per_second,
         )
         self.progress.update(step_line(row, seen), logged)
