@@ -21,7 +21,7 @@ from typing import Any
 from enwik8_mixers import lmtrain
 from report import alternated, publish
 
-from lmtrain.evaluate import Evaluation, evaluate, evaluate_carried
+from lmtrain.evaluation.evaluate import Evaluation, evaluate, evaluate_carried
 from lmtrain.restore import open_run
 from lmtrain.setup import read_split
 

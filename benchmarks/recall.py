@@ -5,8 +5,9 @@
 
 Two layers of width 64, each mixer alone in both, with the settings of configs/recall but for `SHORTER`, and the same
 examples in the same order, so at one learning rate, which is not the best one of each. Mixers with a bound see about a
-quarter of 256 tokens at once. Runs are kept in a folder; a second call goes on where the first stopped. Each finished run is a row of
-benchmarks/results/recall.json, from which the tables of docs/recall.md and README.md and docs/passkey.svg are made.
+quarter of 256 tokens at once. Runs are kept in a folder; a second call goes on where the first stopped. Each finished
+run is a row of benchmarks/results/recall.json, from which the tables of docs/recall.md and README.md and
+docs/passkey.svg are made.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 
 from report import environment, table
 
-from lmtrain.heatmap import draw_grids
+from lmtrain.evaluation.heatmap import draw_grids
 from lmtrain.run import read_metrics
 
 ROOT = Path(__file__).parent.parent

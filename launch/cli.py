@@ -1,8 +1,8 @@
 """The command line. Each verb is one function here that calls the library and prints; nothing else happens here.
 
 Exit codes: 0 done, 2 the user's mistake, 3 some runs of a sweep failed, 4 the answer is no (a leak, a damaged
-checkpoint, training gave up), 75 stopped early and can go on, 130 interrupted; others are crashes. With --json one JSON
-object goes to stdout and all else to stderr.
+checkpoint, training gave up), 75 stopped early and can go on, 130 interrupted; others are crashes. With --json one
+JSON object goes to stdout and all else to stderr.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launch.report_cli import add_report, report
 from launch.sweep_cli import add_sweep
 from lmtrain import __version__
 
@@ -180,11 +181,14 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         verb(
             "sweep",
             None,
-            "many runs that differ in a few settings: plan them, run them, see how they stand",
+            "many runs that differ in a few settings: plan and run them, fit their laws, report",
             "plan sparsity data.path=enwik8",
             "run enwik8-mixers data.path=enwik8 --workers 2",
         ),
         _positive,
+    )
+    add_report(
+        verb("report", report, "one page that compares finished runs", "runs/demo runs/wide", "runs/* --out compared")
     )
     return parser, dict(verbs.choices)
 
@@ -339,8 +343,8 @@ def _prepare(arguments: argparse.Namespace) -> int:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
-    from lmtrain.evaluate_run import Asked, evaluate_run
-    from lmtrain.evaluation_text import format_result
+    from lmtrain.evaluation.run import Asked, evaluate_run
+    from lmtrain.evaluation.words import format_result
     from lmtrain.restore import open_run
     from lmtrain.setup import read_task
 
@@ -357,9 +361,9 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 
 def _eval_task(arguments: argparse.Namespace, restored: Restored, task: TaskDataset) -> int:
-    from lmtrain.evaluation import write_result
-    from lmtrain.heatmap import check_picture, draw_recall
-    from lmtrain.recall import evaluate_recall, format_recall
+    from lmtrain.evaluation.heatmap import check_picture, draw_recall
+    from lmtrain.evaluation.recall import evaluate_recall, format_recall
+    from lmtrain.evaluation.result import write_result
 
     for_texts = ("path", "context", "stride", "carry", "by_document", "by_context")
     _refuse(arguments, for_texts, f"for texts only; examples of {task.task.name} are scored whole")
@@ -386,7 +390,7 @@ def _refuse(arguments: argparse.Namespace, options: Sequence[str], reason: str) 
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from lmtrain.evaluate_run import Asked, compare_runs
+    from lmtrain.evaluation.run import Asked, compare_runs
 
     names = ("on", "path", "context", "stride", "carry")
     asked = Asked(**{name: getattr(arguments, name) for name in names})

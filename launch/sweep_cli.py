@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from launch.report_cli import add_actions
+
 
 def add_sweep(sweep: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
     """Give the verb its actions. positive: reads a whole number >= 1."""
@@ -29,6 +31,7 @@ def add_sweep(sweep: argparse.ArgumentParser, positive: Callable[[str], int]) ->
     run.add_argument("--submit", action="store_true", help="slurm: also hand the scripts to sbatch")
     status = _action(actions, "status", _status, "how each of its runs stands")
     status.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    add_actions(actions)
 
 
 def _action(actions: Any, name: str, run: Callable[[Any], int], summary: str) -> argparse.ArgumentParser:

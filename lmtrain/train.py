@@ -26,7 +26,8 @@ from lmtrain import checkpoint, fault, watch
 from lmtrain import config as configuration
 from lmtrain.board import Board
 from lmtrain.config import Config
-from lmtrain.evaluate import EvaluationStopped
+from lmtrain.evaluation.evaluate import EvaluationStopped
+from lmtrain.evaluation.validation import Report, bits_per_byte, validate
 from lmtrain.hardware import peak_flops, peak_memory, pick_device
 from lmtrain.progress import Nowhere, Pace, Progress, Stopwatch, step_line
 from lmtrain.resume import choose, refuse_others
@@ -45,7 +46,6 @@ from lmtrain.setup import (
 )
 from lmtrain.signals import StopRequest
 from lmtrain.streams import Streams
-from lmtrain.validation import Report, bits_per_byte, validate
 from parallel.agree import AgreedError, by_first, first_before_others, together
 from parallel.engine import StepInfo
 from parallel.sequence import SequenceShard, even_lengths

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -33,8 +32,7 @@ def collect(run: Run, spec: Spec, folder: Path, evaluation: dict[str, Any], comm
     loss = evaluation["loss"]
     if loss is None or not math.isfinite(loss):
         raise ValueError(f"the validation loss is {loss}")
-    pace = _pace(read_metrics(folder), run)
-    ends = [event["peak_memory"] for event in read_rows(folder / "events.jsonl") if event["event"] == "end"]
+    pace, memory = pace_and_memory(folder, run.begins * run.config.train.batch_tokens)
     mixer = "" if spec.mixer_axis is None else str(run.axes[spec.mixer_axis])
     states = {n: model_cost(config, n).cost.state_bytes for n in sorted({length, STATE_LENGTH})}
     return RunResult(
@@ -55,7 +53,7 @@ def collect(run: Run, spec: Spec, folder: Path, evaluation: dict[str, Any], comm
         strict=evaluation["causality"] == "strict",
         seconds=run.tokens / pace,
         tokens_per_second=pace,
-        peak_memory=max(ends, default=0),
+        peak_memory=memory,
         state_bytes={str(n): size for n, size in states.items()},
         parent=None if run.parent is None else run.parent.name,
         group=run.group,
@@ -65,9 +63,12 @@ def collect(run: Run, spec: Spec, folder: Path, evaluation: dict[str, Any], comm
     )
 
 
-def _pace(rows: Sequence[dict[str, Any]], run: Run) -> float:
-    """Tokens per second of its training steps; each row of its metrics has that of the tokens since the row before."""
-    begun = {"tokens": run.begins * run.config.train.batch_tokens}
-    steps = [begun, *(row for row in rows if row.get("tokens_per_second"))]
+def pace_and_memory(folder: Path, begun: int) -> tuple[float, int]:
+    """Tokens per second of the training steps in `folder` after the first `begun` tokens, and the most bytes held.
+
+    Each row of metrics has the pace of the tokens since the row before; each end of training is an event.
+    """
+    steps = [{"tokens": begun}, *(row for row in read_metrics(folder) if row.get("tokens_per_second"))]
     seconds = sum((row["tokens"] - before["tokens"]) / row["tokens_per_second"] for before, row in pairwise(steps))
-    return (steps[-1]["tokens"] - begun["tokens"]) / seconds if seconds else 0.0
+    ends = [event["peak_memory"] for event in read_rows(folder / "events.jsonl") if event.get("event") == "end"]
+    return (steps[-1]["tokens"] - begun) / seconds if seconds else 0.0, max(ends, default=0)

@@ -77,12 +77,17 @@ class Run:
 
     @property
     def sparsity(self) -> float | None:
-        """seq_len / keep, if its mixers agree on how many tokens are kept."""
-        used = set(re.findall(r"\w+", self.config.model.pattern))
-        mixers = [settings for name, settings in self.config.model.mixers.items() if name in used]
-        kept = {settings["keep"] for settings in mixers if "keep" in settings}
-        return self.config.data.seq_len / kept.pop() if len(kept) == 1 else None
+        """As of its configuration."""
+        return sparsity(self.config)
 
     def per_token(self, quantity: float) -> float:
         """Of one sequence, per token."""
         return quantity / self.config.data.seq_len
+
+
+def sparsity(config: Config) -> float | None:
+    """seq_len / keep, if the mixers agree on how many tokens are kept."""
+    used = set(re.findall(r"\w+", config.model.pattern))
+    mixers = [settings for name, settings in config.model.mixers.items() if name in used]
+    kept = {settings["keep"] for settings in mixers if "keep" in settings}
+    return config.data.seq_len / kept.pop() if len(kept) == 1 else None

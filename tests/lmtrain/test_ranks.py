@@ -14,7 +14,7 @@ import torch
 from data.dataset import TokenDataset
 from lmtrain import checkpoint
 from lmtrain.config import load
-from lmtrain.evaluate import evaluate
+from lmtrain.evaluation.evaluate import evaluate
 from lmtrain.run import RunDirectory, read_metrics, read_status
 from lmtrain.setup import build_data, build_model
 from lmtrain.train import DONE, STOPPED, train

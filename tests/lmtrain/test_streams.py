@@ -12,7 +12,7 @@ import torch
 from attention.mixer import MIXERS
 from lmtrain import checkpoint
 from lmtrain.config import ConfigError, ModelConfig
-from lmtrain.evaluate import evaluate_carried
+from lmtrain.evaluation.evaluate import evaluate_carried
 from lmtrain.loss import token_losses
 from lmtrain.model import DecoderLM
 from lmtrain.run import read_metrics

@@ -103,7 +103,7 @@ def test_sigterm_saves_at_the_step_boundary_and_exits_75(undisturbed: Path, tmp_
 
 
 def test_ctrl_c_while_evaluating(undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import lmtrain.validation as module
+    import lmtrain.evaluation.validation as module
 
     real = module.evaluate
 

@@ -1,5 +1,6 @@
 """Budget matching: the published head counts of MoSA, what exact pairs buy instead, bounds, costs of models."""
 
+import dataclasses
 import math
 
 import pytest
@@ -152,7 +153,8 @@ def test_costs_are_those_of_the_model_that_is_made(name: str) -> None:
         made = DecoderLM(config.model)
     length = min(config.data.seq_len, 2048)
     found = model_cost(config, length)
-    assert found.cost == made.cost(length)
+    # In another order of summation: expected numbers of pairs are no whole ones.
+    assert dataclasses.astuple(found.cost) == pytest.approx(dataclasses.astuple(made.cost(length)), rel=1e-12)
     assert found.strict == (made.causality == "strict")
     parts = [made.embedding, made.positions, made.head]
     assert found.embedding == sum(p.numel() for part in parts if part is not None for p in part.parameters())
