@@ -20,14 +20,31 @@ def choose(
     left.
     """
     newest, rejected = checkpoint.newest(run.checkpoints)
-    for path, reason in rejected:
-        run.event("damaged", path=path.name, reason=reason)
-        complain(f"checkpoint {path.name} is damaged and is not used: {reason}")
+    _tell(run, rejected, complain)
     if resume is not None:
         return _asked(run, resume.expanduser(), newest)
     if newest is None and rejected and not fresh:
         raise ValueError(f"no checkpoint of {run.path} can be used; to begin again from step 0 beside them: --fresh")
     return None if newest is None else str(newest), True
+
+
+def choose_before(run: RunFolder, step: int, complain: Callable[[str], None]) -> str | None:
+    """The newest checkpoint of the run that verifies, of those up to `step`, to roll back to; None if there is none.
+
+    Those beyond it are set aside.
+    """
+    chosen, rejected = checkpoint.newest(run.checkpoints, last=step)
+    _tell(run, rejected, complain)
+    if chosen is None:
+        return None
+    checkpoint.undo(chosen)
+    return str(chosen)
+
+
+def _tell(run: RunFolder, rejected: list[tuple[Path, str]], complain: Callable[[str], None]) -> None:
+    for path, reason in rejected:
+        run.event("damaged", path=path.name, reason=reason)
+        complain(f"checkpoint {path.name} is damaged and is not used: {reason}")
 
 
 def _asked(run: RunFolder, resume: Path, newest: Path | None) -> tuple[str, bool]:
