@@ -31,7 +31,7 @@ from lmtrain.evaluation.validation import Report, bits_per_byte, validate
 from lmtrain.hardware import peak_flops, peak_memory, pick_device
 from lmtrain.progress import Nowhere, Pace, Progress, Stopwatch, step_line
 from lmtrain.resume import choose, refuse_others
-from lmtrain.run import RunDirectory, RunFolder
+from lmtrain.run import RunDirectory, RunFolder, read_metrics
 from lmtrain.saving import Saver
 from lmtrain.schedule import learning_rate
 from lmtrain.setup import (
@@ -136,6 +136,7 @@ class Training:
         background = self.device.type == "cuda" if background is None else background
         self.saver = Saver(run, world, keep=config.checkpoint.keep, background=background, complain=self._complain)
         self.parent: str | None = None
+        self.scored = len(self.data.validation)  # at this step; fewer where the run was stopped in its evaluation
         self.seconds = Stopwatch()
         peak = peak_flops(self.device, config.train.dtype)
         self.peak_flops = None if peak is None else peak * world.size
@@ -150,7 +151,7 @@ class Training:
         start = self._restore(resume, fresh)
         if self.world.is_first and not (self.run.path / "config.yaml").exists():
             configuration.save(self.config, self.run.path / "config.yaml")
-        if self.step >= self.config.train.steps:
+        if self.step >= self.config.train.steps and self.scored >= len(self.data.validation):
             return self._already_done()
         self._introduce(start)
         wanted = self.config.log.tensorboard and self.world.is_first
@@ -162,6 +163,10 @@ class Training:
             self.board.close()
 
     def _train(self) -> int:
+        try:
+            self._evaluate(self.data.validation[self.scored :])
+        except EvaluationStopped:
+            return self._stopped()
         with closing(self.loader.batches(self.samples)) as steps:
             while self.step < self.config.train.steps:
                 self.saver.report()
@@ -227,11 +232,15 @@ class Training:
         """Whether this step has a row whatever happens in it; a skipped one has one, too."""
         return step % self.config.log.every == 0 or step in (1, self.config.train.steps)
 
+    def _is_evaluated(self) -> bool:
+        """Whether the validation texts are scored at this step."""
+        every = self.config.eval.every
+        return self.step == self.config.train.steps or bool(every and self.step and self.step % every == 0)
+
     def _after_step(self) -> None:
-        last = self.step == self.config.train.steps
-        if last or (self.config.eval.every and self.step % self.config.eval.every == 0):
-            self._evaluate()
-        if last or self.step % self.config.checkpoint.every == 0:
+        if self._is_evaluated():
+            self._evaluate(self.data.validation)
+        if self.step == self.config.train.steps or self.step % self.config.checkpoint.every == 0:
             self._save()
 
     def _log(self, info: StepInfo, crc: int, mixers: watch.Mixers) -> None:
@@ -280,9 +289,9 @@ class Training:
         self._scalars(scalars | {"perf/flops": seen.flops} | watch.tags(mixers))
         self.seconds.reset()
 
-    def _evaluate(self) -> None:
-        """Score the beginning of each validation text; the rows and the board get the numbers."""
-        for dataset in self.data.validation:
+    def _evaluate(self, texts: tuple[TokenDataset | TaskDataset, ...]) -> None:
+        """Score the beginning of each of these validation texts; the rows and the board get the numbers."""
+        for dataset in texts:
             told = self.engine.reading(partial(self._validated, dataset))
             self.run.log_metrics({"step": self.step, "tokens": self.tokens, "corpus": dataset.corpus, **told.row})
             self._scalars(told.scalars)
@@ -326,6 +335,8 @@ class Training:
         together(self.world, lambda: self._load(loaded))
         if own:
             self.saver.saved_step = self.step
+            if self._is_evaluated():
+                self.scored = by_first(self.world, self._count_scored)
             return f"resumed at step {self.step} from {loaded.path.name}"
         self.parent = path
         self.run.event("fork", parent=path, step=self.step)
@@ -346,6 +357,10 @@ class Training:
         cut = self.run.truncate_metrics(self.step)
         if cut:
             self.run.event("cut rows", beyond=self.step, rows=cut)
+
+    def _count_scored(self) -> int:
+        """The validation texts that have a row at this step: the first ones."""
+        return sum(row["step"] == self.step and "split" in row for row in read_metrics(self.run.path))
 
     def _introduce(self, start: str) -> None:
         model, config = self.config.model, self.config
