@@ -189,8 +189,16 @@ class RunDirectory(RunFolder):
         """Releases the lock. OSError if the disk never took the last rows."""
         with ExitStack() as stack:  # last in, first out, whatever the others raise
             stack.callback(self._lock.release)
-            for file in (self._log, self._events, self._metrics):
+            for file in (self._events, self._metrics):
                 stack.callback(file.close)
+            stack.callback(self._close_log)
+
+    def _close_log(self) -> None:
+        """Its last lines are no reason to call a run failed whose rows and checkpoints are there."""
+        try:
+            self._log.close()
+        except OSError as error:
+            logger.warning("%s: %s", self._log.name, error)
 
     def _start(self) -> "RunDirectory":
         for path in self.path.iterdir():
