@@ -30,7 +30,7 @@ from lmtrain.evaluation.evaluate import EvaluationStopped
 from lmtrain.evaluation.validation import Report, bits_per_byte, validate
 from lmtrain.hardware import peak_flops, peak_memory, pick_device
 from lmtrain.progress import Nowhere, Pace, Progress, Stopwatch, step_line
-from lmtrain.resume import choose, refuse_others
+from lmtrain.resume import check_state, choose, refuse_others
 from lmtrain.run import RunDirectory, RunFolder, read_metrics
 from lmtrain.saving import Saver
 from lmtrain.schedule import learning_rate
@@ -344,6 +344,7 @@ class Training:
 
     def _load(self, loaded: checkpoint.Checkpoint) -> None:
         state = loaded.state
+        check_state(loaded)
         refuse_others(loaded, self.config, self.data.train.fingerprint, self.world.data_size)
         try:
             self.engine.load_state(loaded.tensors)
@@ -360,7 +361,7 @@ class Training:
 
     def _count_scored(self) -> int:
         """The validation texts that have a row at this step: the first ones."""
-        return sum(row["step"] == self.step and "split" in row for row in read_metrics(self.run.path))
+        return sum(row.get("step") == self.step and "split" in row for row in read_metrics(self.run.path))
 
     def _introduce(self, start: str) -> None:
         model, config = self.config.model, self.config
