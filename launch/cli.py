@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import json
 import os
 import sys
@@ -45,6 +46,11 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe went away: nobody is left to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        print(f"lmtrain {arguments.verb}: {error.strerror}: {str(error.filename)[:80]}...", file=sys.stderr)
+        return USER_ERROR
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
