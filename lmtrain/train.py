@@ -160,6 +160,7 @@ class Training:
             with self.saver:
                 return self._train()
         finally:
+            self.run.event("end", step=self.step, peak_memory=peak_memory(self.device))
             self.board.close()
 
     def _train(self) -> int:
