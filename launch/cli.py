@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from data.tasks import TaskDataset
     from lmtrain.restore import Restored
 
+CRASHED = 1
 NO = 4
 USER_ERROR = 2
 STOPPED = 75
@@ -45,6 +46,11 @@ def main(argv: list[str] | None = None) -> int:
         return USER_ERROR
     except KeyboardInterrupt:
         return INTERRUPTED
+    except MemoryError as error:
+        if arguments.debug or not str(error):
+            raise
+        print(f"lmtrain {arguments.verb}: {error}", file=sys.stderr)
+        return CRASHED
     except BrokenPipeError:  # the reader of a pipe went away: nobody is left to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -22,7 +22,7 @@ from attention.mixer import Context, parameter_count
 from data.loader import Batch
 from data.shards import TokenDataset
 from data.tasks import TaskDataset
-from lmtrain import checkpoint, fault, watch
+from lmtrain import checkpoint, exhausted, fault, watch
 from lmtrain import config as configuration
 from lmtrain.board import Board
 from lmtrain.config import Config
@@ -145,7 +145,12 @@ class Training:
     def go(self, resume: Path | None, fresh: bool) -> int:
         """Resume or begin, train, and say how it ended."""
         with closing(self.engine):
-            return self._go(resume, fresh)
+            try:
+                return self._go(resume, fresh)
+            except (MemoryError, RuntimeError) as error:
+                if not exhausted.is_exhausted(error):
+                    raise
+                raise MemoryError(exhausted.in_words(self.config, self.world)) from error
 
     def _go(self, resume: Path | None, fresh: bool) -> int:
         start = self._restore(resume, fresh)
