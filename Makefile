@@ -32,6 +32,7 @@ check: .venv/.ready  ## style and types
 	$(BIN)/mypy attention data parallel lmtrain launch
 
 docs: .venv/.ready  ## what is generated from the code and from results
+	$(BIN)/python -m tests.faults > docs/reliability.md
 	$(BIN)/python -m lmtrain.config.reference > docs/config.md
 	$(BIN)/python benchmarks/fill.py
 

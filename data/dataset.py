@@ -254,7 +254,7 @@ def _map_array(path: Path, length: int) -> np.ndarray:
     """int64 [length], memory-mapped: a forged header claims no memory."""
     try:
         values = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
+    except Exception as error:  # of a forged header numpy raises whatever Python's own parser does
         raise ValueError(f"{path}: damaged, not an array of numbers") from error
     if values.dtype != np.dtype("<i8") or values.shape != (length,):
         raise ValueError(f"{path}: damaged, {values.dtype} {list(values.shape)} is not int64 [{length}]")

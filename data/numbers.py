@@ -7,6 +7,8 @@ import numpy as np
 
 from data.tokenizer import EncodingError, checked_ids, token_dtype
 
+MOST_TOKENS = 1 << 24  # more is no vocabulary, but a file that wants the memory
+
 
 class NumberTokenizer:
     """Each token is its number with a blank behind it: `17 0 203 `. When read, any white space separates them."""
@@ -39,4 +41,7 @@ class NumberTokenizer:
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "NumberTokenizer":
-        return cls(fields["vocab_size"])
+        size = fields.get("vocab_size")
+        if type(size) is not int or not 1 <= size <= MOST_TOKENS:
+            raise ValueError(f"the tokenizer `numbers` must have a vocab_size from 1 to {MOST_TOKENS}")
+        return cls(size)

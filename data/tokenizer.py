@@ -173,10 +173,11 @@ def from_json(fields: dict[str, Any]) -> Tokenizer:
     from data.numbers import NumberTokenizer
 
     known: tuple[type[Tokenizer], ...] = (ByteTokenizer, CharacterTokenizer, BpeTokenizer, NumberTokenizer)
+    name = fields.get("name") if isinstance(fields, dict) else None
     for tokenizer in known:
-        if fields.get("name") == tokenizer.name:
+        if name == tokenizer.name:
             return tokenizer.from_json(fields)
-    raise ValueError(f"no tokenizer is called {fields.get('name')!r}; known: {', '.join(NAMES)}")
+    raise ValueError(f"no tokenizer is called {str(name)[:80]!r}; known: {', '.join(NAMES)}")
 
 
 def tokenizer_hash(tokenizer: Tokenizer) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import json
 import os
 import sys
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from data.tasks import TaskDataset
     from lmtrain.restore import Restored
 
+CRASHED = 1
 NO = 4
 USER_ERROR = 2
 STOPPED = 75
@@ -44,9 +46,19 @@ def main(argv: list[str] | None = None) -> int:
         return USER_ERROR
     except KeyboardInterrupt:
         return INTERRUPTED
+    except MemoryError as error:
+        if arguments.debug or not str(error):
+            raise
+        print(f"lmtrain {arguments.verb}: {error}", file=sys.stderr)
+        return CRASHED
     except BrokenPipeError:  # the reader of a pipe went away: nobody is left to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        print(f"lmtrain {arguments.verb}: {error.strerror}: {str(error.filename)[:80]}...", file=sys.stderr)
+        return USER_ERROR
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

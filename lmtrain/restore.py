@@ -127,7 +127,9 @@ def _newest(run: Path) -> Path:
 
 
 def _tokenizer(loaded: Checkpoint) -> Tokenizer:
+    if not isinstance(loaded.state, dict) or "tokenizer" not in loaded.state:
+        raise ValueError(f"checkpoint {loaded.path}: its state has no tokenizer")
     try:
         return from_json(loaded.state["tokenizer"])
-    except KeyError as error:
-        raise ValueError(f"checkpoint {loaded.path}: its state has no {error.args[0]}") from None
+    except ValueError as error:
+        raise ValueError(f"checkpoint {loaded.path}: its tokenizer cannot be used: {error}") from None

@@ -59,6 +59,21 @@ def _asked(run: RunFolder, resume: Path, newest: Path | None) -> tuple[str, bool
     return str(resume), own
 
 
+_COUNTS = ("step", "samples", "tokens", "skipped", "skips_in_a_row", "seq_len")
+
+
+def check_state(loaded: checkpoint.Checkpoint) -> None:
+    """ValueError if the state of the checkpoint is not that of a training run."""
+    state = loaded.state if isinstance(loaded.state, dict) else {}
+    counts = (*_COUNTS, "rows", "micro_batch") if "streams" in state else _COUNTS
+    wrong = [key for key in counts if type(state.get(key)) is not int or not 0 <= state[key] < 2**63]
+    wrong += [key for key in ("fingerprint", "parent") if not isinstance(state.get(key, ...), str | None)]
+    if wrong:
+        raise ValueError(f"checkpoint {loaded.path}: its state lacks {', '.join(wrong)}, or has something else there")
+    if state["step"] != loaded.step:
+        raise ValueError(f"checkpoint {loaded.path}: its state is of step {state['step']}, not {loaded.step}")
+
+
 def refuse_others(loaded: checkpoint.Checkpoint, config: Config, fingerprint: str, ranks: int) -> None:
     """ValueError if the checkpoint is of other data than `fingerprint` says, or has streams that are cut otherwise."""
     state = loaded.state

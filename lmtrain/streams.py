@@ -53,6 +53,8 @@ class Streams:
     def load(self, kept: Any, tensors: Mapping[str, Tensor]) -> None:
         """Take over what `snapshot` returned, of the own rows; ValueError if it belongs to another model or batch."""
         ranks, own = self.world.data_size, self.world.data_rank
+        if not isinstance(kept, dict) or not isinstance(kept.get("dict"), dict):
+            raise ValueError("its streams are not those of a batch")
         numbers = [int(number) for number in kept["dict"] if int(number) % ranks == own]
         mine = {"dict": {str(number): kept["dict"][str(number)] for number in numbers}}
         new = {str(number): self._new() for number in numbers}

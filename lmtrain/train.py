@@ -24,7 +24,7 @@ from data.loader import Batch
 from data.order import Ranges
 from data.shards import TokenDataset
 from data.tasks import TaskDataset
-from lmtrain import checkpoint, fault, watch
+from lmtrain import checkpoint, exhausted, fault, watch
 from lmtrain import config as configuration
 from lmtrain.board import Board
 from lmtrain.config import Config
@@ -33,8 +33,8 @@ from lmtrain.evaluation.evaluate import EvaluationStopped
 from lmtrain.evaluation.validation import Report, bits_per_byte, validate
 from lmtrain.hardware import peak_flops, peak_memory, pick_device
 from lmtrain.progress import Nowhere, Pace, Progress, Stopwatch, step_line
-from lmtrain.resume import choose, choose_before, refuse_others
-from lmtrain.run import RunDirectory, RunFolder
+from lmtrain.resume import check_state, choose, choose_before, refuse_others
+from lmtrain.run import RunDirectory, RunFolder, read_metrics
 from lmtrain.saving import Saver
 from lmtrain.schedule import learning_rate
 from lmtrain.setup import (
@@ -146,6 +146,7 @@ class Training:
         background = self.device.type == "cuda" if background is None else background
         self.saver = Saver(run, world, keep=config.checkpoint.keep, background=background, complain=self._complain)
         self.parent: str | None = None
+        self.scored = len(self.data.validation)  # at this step; fewer where the run was stopped in its evaluation
         self.seconds = Stopwatch()
         peak = peak_flops(self.device, config.train.dtype)
         self.peak_flops = None if peak is None else peak * world.size
@@ -154,13 +155,18 @@ class Training:
     def go(self, resume: Path | None, fresh: bool) -> int:
         """Resume or begin, train, and say how it ended."""
         with closing(self.engine):
-            return self._go(resume, fresh)
+            try:
+                return self._go(resume, fresh)
+            except (MemoryError, RuntimeError) as error:
+                if not exhausted.is_exhausted(error):
+                    raise
+                raise MemoryError(exhausted.in_words(self.config, self.world)) from error
 
     def _go(self, resume: Path | None, fresh: bool) -> int:
         start = self._restore(resume, fresh)
         if self.world.is_first and not (self.run.path / "config.yaml").exists():
             configuration.save(self.config, self.run.path / "config.yaml")
-        if self.step >= self.config.train.steps:
+        if self.step >= self.config.train.steps and self.scored >= len(self.data.validation):
             return self._already_done()
         self._introduce(start)
         code = None
@@ -177,6 +183,10 @@ class Training:
 
     def _train(self) -> int | None:
         """From here to the end, and the exit code; or up to a roll-back, and None: then again from there."""
+        try:
+            self._evaluate(self.data.validation[self.scored :])
+        except EvaluationStopped:
+            return self._stopped()
         with closing(self.loader.batches(self.samples)) as steps:
             while self.step < self.config.train.steps:
                 self.saver.report()
@@ -283,11 +293,15 @@ class Training:
         """Whether this step has a row whatever happens in it; a skipped one has one, too."""
         return step % self.config.log.every == 0 or step in (1, self.config.train.steps)
 
+    def _is_evaluated(self) -> bool:
+        """Whether the validation texts are scored at this step."""
+        every = self.config.eval.every
+        return self.step == self.config.train.steps or bool(every and self.step and self.step % every == 0)
+
     def _after_step(self) -> None:
-        last = self.step == self.config.train.steps
-        if last or (self.config.eval.every and self.step % self.config.eval.every == 0):
-            self._evaluate()
-        if last or self.step % self.config.checkpoint.every == 0:
+        if self._is_evaluated():
+            self._evaluate(self.data.validation)
+        if self.step == self.config.train.steps or self.step % self.config.checkpoint.every == 0:
             self._save()
 
     def _log(self, info: StepInfo, crc: int, mixers: watch.Mixers) -> None:
@@ -336,9 +350,9 @@ class Training:
         self._scalars(scalars | {"perf/flops": seen.flops} | watch.tags(mixers))
         self.seconds.reset()
 
-    def _evaluate(self) -> None:
-        """Score the beginning of each validation text; the rows and the board get the numbers."""
-        for dataset in self.data.validation:
+    def _evaluate(self, texts: tuple[TokenDataset | TaskDataset, ...]) -> None:
+        """Score the beginning of each of these validation texts; the rows and the board get the numbers."""
+        for dataset in texts:
             told = self.engine.reading(partial(self._validated, dataset))
             self.run.log_metrics({"step": self.step, "tokens": self.tokens, "corpus": dataset.corpus, **told.row})
             self._scalars(told.scalars)
@@ -388,6 +402,8 @@ class Training:
         if own:
             self.saver.saved_step = self.step
             self.run.event("resume", step=self.step, path=loaded.path.name)
+            if self._is_evaluated():
+                self.scored = by_first(self.world, self._count_scored)
             return f"resumed at step {self.step} from {loaded.path.name}"
         self.parent = path
         self.run.event("fork", parent=path, step=self.step)
@@ -395,6 +411,7 @@ class Training:
 
     def _load(self, loaded: checkpoint.Checkpoint) -> None:
         state = loaded.state
+        check_state(loaded)
         refuse_others(loaded, self.config, self.data.train.fingerprint, self.world.data_size)
         try:
             self.engine.load_state(loaded.tensors)
@@ -431,7 +448,7 @@ class Training:
             return False
         loaded = together(self.world, lambda: checkpoint.load(Path(path)))
         together(self.world, lambda: self._load(loaded))
-        self.saver.saved_step = self.step
+        self.saver.saved_step, self.scored = self.step, len(self.data.validation)
         self.run.set_status("running", step=self.step, checkpoint=path)
         self.rollbacks = rollbacks + 1
         self._leave_out((*unread, (self.samples, samples)))
@@ -441,6 +458,10 @@ class Training:
             f"{self.samples} to {samples - 1} (roll-back {self.rollbacks} of {self.config.train.max_rollbacks})"
         )
         return True
+
+    def _count_scored(self) -> int:
+        """The validation texts that have a row at this step: the first ones."""
+        return sum(row.get("step") == self.step and "split" in row for row in read_metrics(self.run.path))
 
     def _introduce(self, start: str) -> None:
         model, config = self.config.model, self.config

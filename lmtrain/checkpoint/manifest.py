@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from lmtrain.files import HashingReader, HashingWriter
@@ -21,6 +22,14 @@ NAME = "manifest.json"
 STATE = "state.json"
 MAX_BYTES = 16 << 20  # of a manifest; one with a thousand files has about 100 kB
 STEP_FOLDER = re.compile(r"step-(0|[1-9][0-9]*)")
+_KINDS: dict[str, tuple[type, ...]] = {
+    "step": (int,),
+    "files": (dict,),
+    "config": (str, NoneType),
+    "dataset": (str, NoneType),
+    "world": (int,),
+    "versions": (dict,),
+}
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # no separators, no leading dot, hence no `..`
 
 
@@ -137,24 +146,24 @@ def _parse(text: bytes) -> Manifest:
         raise ValueError(f"format {content.get('format')!r}; this version reads format {FORMAT}")
     if content["checksum"] != _checksum(content) or text != _text(content):  # not a blank may differ
         raise ValueError("its checksum does not fit its content: the file changed after it was written")
-    try:
-        files = {name: FileEntry(int(entry["bytes"]), str(entry["sha256"])) for name, entry in content["files"].items()}
-        manifest = Manifest(
-            step=int(content["step"]),
-            files=files,
-            config=content["config"],
-            dataset=content["dataset"],
-            world=int(content["world"]),
-            versions=content["versions"],
-        )
-    except (KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise ValueError(f"malformed: {error!r}") from None
+    if wrong := [key for key, kinds in _KINDS.items() if type(content.get(key, ...)) not in kinds]:
+        raise ValueError(f"malformed: {', '.join(wrong)} missing, or of another type")
+    if content["step"] < 0 or content["world"] < 1:
+        raise ValueError(f"malformed: step {content['step']} of {content['world']} processes")
+    if not all(type(version) is str for version in content["versions"].values()):
+        raise ValueError("malformed: versions must be texts")
+    files = {name: _entry(name, fields) for name, fields in content["files"].items()}
     if STATE not in files:
         raise ValueError(f"it lists no {STATE}")
-    for name in files:
-        if not _PLAIN.fullmatch(name):
-            raise ValueError(f"{name!r} is not a plain file name")
-    return manifest
+    return Manifest(**{key: content[key] for key in _KINDS} | {"files": files})
+
+
+def _entry(name: str, fields: Any) -> FileEntry:
+    if not _PLAIN.fullmatch(name):
+        raise ValueError(f"{name!r} is not a plain file name")
+    if not isinstance(fields, dict) or [type(fields.get(key)) for key in ("bytes", "sha256")] != [int, str]:
+        raise ValueError(f"malformed: it does not say bytes and sha256 of {name}")
+    return FileEntry(fields["bytes"], fields["sha256"])
 
 
 def _checksum(content: Mapping[str, Any]) -> str:

@@ -24,6 +24,7 @@ import numpy as np
 
 from data.dataset import TokenDataset
 from lmtrain.evaluation.tally import FEW_DOCUMENTS
+from lmtrain.run.rows import finite
 
 RESAMPLES = 2000
 SEED = 0
@@ -66,16 +67,18 @@ class Comparison:
             name: {key: value for key, value in row.items() if key not in ("by_document", "by_block")}
             for name, row in (("a", self.a), ("b", self.b))
         }
-        return {
-            "unit": self.unit,
-            "units": self.units,
-            "better": self.better,
-            "bits_per_byte": asdict(self.bits_per_byte),
-            "nats_per_token": None if self.nats_per_token is None else asdict(self.nats_per_token),
-            "resamples": RESAMPLES,
-            "seed": SEED,
-            **rows,
-        }
+        return finite(
+            {
+                "unit": self.unit,
+                "units": self.units,
+                "better": self.better,
+                "bits_per_byte": asdict(self.bits_per_byte),
+                "nats_per_token": None if self.nats_per_token is None else asdict(self.nats_per_token),
+                "resamples": RESAMPLES,
+                "seed": SEED,
+                **rows,
+            }
+        )
 
     def format(self) -> str:
         """For people: both numbers, their difference, and what it is worth."""
@@ -211,12 +214,14 @@ def _malformed(row: Any) -> str | None:
     """What a kept result lacks to be compared; None if nothing."""
     if not isinstance(row, dict) or "by_document" not in row:
         return "has no numbers by document; make it with lmtrain eval --by-document"
-    wrong = [key for key, kind in _NEEDED.items() if not isinstance(row.get(key), kind)]
+    wrong = [key for key, kind in _NEEDED.items() if not isinstance(row.get(key, ...), kind)]
     if wrong:
         return f"damaged: {', '.join(wrong)} missing, or not what lmtrain eval writes"
     for part in (*row["by_document"], *row["by_block"]):
         if not isinstance(part, dict) or not all(_is_count(part.get(key)) for key in ("bytes", "tokens")):
             return f"damaged: no tokens and bytes in {str(part)[:80]}"
+        if part["bytes"] > 0 and part["tokens"] == 0:
+            return f"damaged: bytes without tokens in {str(part)[:80]}"
         if part.get("nats", "") is not None and not _is_count(part.get("nats")):
             return f"damaged: no nats in {str(part)[:80]}"
     return None
@@ -235,4 +240,4 @@ _NEEDED: dict[str, Any] = dict.fromkeys(
 
 
 def _is_count(value: Any) -> bool:
-    return type(value) in (int, float) and 0 <= value < math.inf
+    return type(value) in (int, float) and 0 <= value < 2**63

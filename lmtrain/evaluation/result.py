@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lmtrain.files import replace_bytes
+from lmtrain.run.rows import finite
 
 CONFIDENCE = 1.96
 """Standard errors to each side of an interval that holds the truth 95 times in 100."""
@@ -268,7 +269,7 @@ class Evaluation:
         if by_document:
             row |= {"by_document": [part.to_json() for part in self.by_document]}
             row |= {"by_block": [part.to_json() for part in self.by_block]}
-        return _finite(row | dict(source or {}))
+        return finite(row | dict(source or {}))
 
     @property
     def name(self) -> str:
@@ -312,12 +313,3 @@ def _leak_row(leak: Leak, bits: Column, loss: Column) -> dict[str, Any]:
 
 def _exp(x: float) -> float:
     return math.exp(x) if x < 700 else math.inf
-
-
-def _finite(value: Any) -> Any:
-    """The same JSON value, with null for what JSON has no number for."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

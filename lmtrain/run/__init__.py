@@ -50,9 +50,10 @@ def read_status(path: Path) -> Status | None:
     try:
         content = json.loads((Path(path) / "status.json").read_text())
         status = Status(**{key: content[key] for key in ("state", "step", "checkpoint", "reason")})
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    return status if status.state in get_args(State) else None
+    intact = type(status.step) is int and isinstance(status.checkpoint, str | None) and isinstance(status.reason, str)
+    return status if intact and status.state in get_args(State) else None
 
 
 def read_metrics(path: Path) -> list[Row]:
@@ -185,14 +186,22 @@ class RunDirectory(RunFolder):
 
     def truncate_metrics(self, step: int) -> int:
         """Cuts the rows beyond `step`, where training resumes, atomically; returns how many went."""
-        return self._metrics.keep(lambda row: row["step"] <= step)
+        return self._metrics.keep(lambda row: not isinstance(at := row.get("step"), int) or at <= step)
 
     def close(self) -> None:
         """Releases the lock. OSError if the disk never took the last rows."""
         with ExitStack() as stack:  # last in, first out, whatever the others raise
             stack.callback(self._lock.release)
-            for file in (self._log, self._events, self._metrics):
+            for file in (self._events, self._metrics):
                 stack.callback(file.close)
+            stack.callback(self._close_log)
+
+    def _close_log(self) -> None:
+        """Its last lines are no reason to call a run failed whose rows and checkpoints are there."""
+        try:
+            self._log.close()
+        except OSError as error:
+            logger.warning("%s: %s", self._log.name, error)
 
     def _start(self) -> "RunDirectory":
         for path in self.path.iterdir():

@@ -36,7 +36,7 @@ class Holder:
         try:
             content = json.loads(path.read_text())
             return cls(str(content["host"]), int(content["pid"]), str(content["started"]))
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return None
 
     def alive(self) -> bool:
@@ -45,7 +45,7 @@ class Holder:
             return True
         try:
             os.kill(self.pid, 0)
-        except ProcessLookupError:
+        except (ProcessLookupError, OverflowError):  # a pid beyond all pids
             return False
         except PermissionError:
             pass  # it lives and is another user's

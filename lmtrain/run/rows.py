@@ -45,7 +45,7 @@ class RowFile:
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Adds a row. JSON has no NaN and no infinity: such a number is written as null."""
-        self._waiting += (json.dumps(_finite(row), allow_nan=False) + "\n").encode()
+        self._waiting += (json.dumps(finite(row), allow_nan=False) + "\n").encode()
         try:
             self._flush()
         except OSError as error:
@@ -82,11 +82,12 @@ def _rows(content: bytes) -> Iterator[tuple[bytes, Row]]:
             yield line, row
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The same JSON value, with null for what JSON has no number for."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value

@@ -86,7 +86,7 @@ def _marked(folder: Path) -> tuple[str, list[str]]:
         version, name = content["version"], str(content["name"])
     except FileNotFoundError:
         return name, []
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         return name, [f"{marker}: not readable: {error}"]
     return name, [] if version == VERSION else [f"{marker}: of version {version!r}, this lmtrain reads {VERSION}"]
 

@@ -44,7 +44,7 @@ class SweepFolder:
         try:
             found = json.loads(marker.read_text())
             version, name = found["version"], found["name"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{marker}: not readable: {error}; choose another --out") from None
         if version != VERSION:
             raise ValueError(f"{marker}: of version {version}, this lmtrain reads {VERSION}; choose another --out")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
+import sys
 import types
 import typing
 from dataclasses import dataclass
@@ -57,7 +57,7 @@ class _Record:
             content = json.loads(path.read_text())
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{path}: not readable: {error}") from None
         return cls.from_json(content, path)
 
@@ -131,7 +131,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if typing.get_origin(hint) is Literal:
         return value in typing.get_args(hint)
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, hint)

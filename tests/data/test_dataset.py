@@ -112,6 +112,7 @@ def test_titles_are_bounded_and_printable_and_do_not_enter_the_fingerprint(tmp_p
     assert fingerprints[0] == fingerprints[1]
 
 
+@pytest.mark.fault(14)
 @pytest.mark.parametrize("name", [*FILES, META])
 def test_every_flipped_bit_is_found(written: Callable[..., Path], name: str) -> None:
     path = written(ByteTokenizer(), *TEXTS) / name
@@ -126,6 +127,7 @@ def test_every_flipped_bit_is_found(written: Callable[..., Path], name: str) -> 
     open_dataset(path.parent)
 
 
+@pytest.mark.fault(14)
 @pytest.mark.parametrize("name", [*FILES, META])
 @pytest.mark.parametrize("damage", ["missing", "empty", "short", "long", "folder"])
 def test_every_wrong_size_is_named(written: Callable[..., Path], name: str, damage: str) -> None:
@@ -140,6 +142,7 @@ def test_every_wrong_size_is_named(written: Callable[..., Path], name: str, dama
         open_dataset(path.parent)
 
 
+@pytest.mark.fault(14)
 def test_a_cut_shard_is_named_with_the_offset(written: Callable[..., Path]) -> None:
     folder = written(CharacterTokenizer("".join(map(chr, range(97, 97 + 400)))), b"abcabc")
     os.truncate(folder / SHARD, 7)  # half a token is left
@@ -147,6 +150,7 @@ def test_a_cut_shard_is_named_with_the_offset(written: Callable[..., Path]) -> N
         open_dataset(folder)
 
 
+@pytest.mark.fault(14)
 @pytest.mark.parametrize("full_check", [True, False])
 def test_an_id_outside_the_vocabulary_is_named_with_the_offset(
     written: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, full_check: bool
@@ -196,6 +200,7 @@ class Bomb:
         return os.mkdir, (str(self.trace),)
 
 
+@pytest.mark.fault(16)
 @pytest.mark.parametrize("name", [*FILES, META])
 @pytest.mark.parametrize("wrapped", ["plain", "npy"])
 def test_nothing_in_a_file_is_executed(written: Callable[..., Path], tmp_path: Path, name: str, wrapped: str) -> None:
@@ -223,6 +228,7 @@ def huge_header() -> bytes:
     return file.getvalue()
 
 
+@pytest.mark.fault(14)
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

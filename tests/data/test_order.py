@@ -174,6 +174,7 @@ def test_the_number_of_windows(num_tokens: int, windows: int) -> None:
     assert starts.max() + 9 <= num_tokens
 
 
+@pytest.mark.fault(14)
 def test_text_shorter_than_a_window_is_refused_with_the_numbers() -> None:
     with pytest.raises(ValueError, match=r"data\.seq_len: a window of 8 .* 9 tokens, but the training text has 8"):
         SampleOrder(8, 8, seed=0)

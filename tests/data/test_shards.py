@@ -223,6 +223,7 @@ FULL = """
 """
 
 
+@pytest.mark.fault(12)
 def test_a_full_disk_is_explained_and_leaves_nothing(tmp_path: Path, cache: Path) -> None:
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] in (resource.RLIM_INFINITY, -1)
     (tmp_path / "text.txt").write_bytes(b"x" * 5000)
@@ -232,6 +233,7 @@ def test_a_full_disk_is_explained_and_leaves_nothing(tmp_path: Path, cache: Path
     assert datasets(cache) == []
 
 
+@pytest.mark.fault(12)
 def test_what_was_finished_before_the_disk_was_full_is_kept(tmp_path: Path, cache: Path) -> None:
     (tmp_path / "text.txt").write_bytes(b"x" * 5000)
     result = run(FULL, tmp_path / "text.txt", cache, 400)  # the parts fit, all together do not
@@ -243,6 +245,7 @@ def test_what_was_finished_before_the_disk_was_full_is_kept(tmp_path: Path, cach
     assert not parts.exists()
 
 
+@pytest.mark.fault(13)
 def test_a_read_only_cache_serves_what_is_in_it(corpus: Corpus, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = prepare(corpus, "all", ByteTokenizer(), cache)
 
@@ -261,6 +264,7 @@ def test_a_text_that_vanishes_is_named_and_not_blamed_on_the_cache(corpus: Corpu
         prepare(corpus, "all", ByteTokenizer(), cache)
 
 
+@pytest.mark.fault(14)
 def test_an_empty_split_is_refused(text_corpus: Callable[..., Corpus], cache: Path) -> None:
     with pytest.raises(ValueError, match="the text is too short"):
         prepare(text_corpus(b"x"), "train", ByteTokenizer(), cache)

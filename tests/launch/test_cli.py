@@ -99,6 +99,7 @@ def test_an_empty_text_and_a_folder_that_is_no_run(tmp_path: Path, capsys: pytes
     assert "run.dir" in capsys.readouterr().err
 
 
+@pytest.mark.fault(13)
 def test_a_folder_that_another_process_is_writing(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from lmtrain.run import RunDirectory
 
@@ -186,6 +187,7 @@ def test_inspect_audit_and_list(run: Path, capsys: pytest.CaptureFixture[str]) -
         assert capsys.readouterr().out
 
 
+@pytest.mark.fault(3)
 def test_verify_names_what_is_damaged_and_exits_with_4(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -71,6 +71,7 @@ def attempts(folder: SweepFolder, run) -> list[str]:
     return (folder.path / f"attempts-{run.folder}.txt").read_text().splitlines()
 
 
+@pytest.mark.fault(20)
 def test_every_run_has_a_result_and_is_not_run_again(drive: Callable) -> None:
     code, plan, folder, _ = drive(Options(workers=3, threads=5), seeds=[1, 2])
     assert code == 0
@@ -257,6 +258,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 240) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.fault(20)
 def test_a_driver_that_is_killed_or_stopped_costs_no_step_twice(tmp_path: Path) -> None:
     """Its worker saves and ends, and the next driver goes on from there; the third one finishes."""
     steps = 120

@@ -81,6 +81,7 @@ def test_two_nodes_train_as_one_process(nodes: list[str], tmp_path: Path) -> Non
     assert losses == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.fault(11)
 def test_a_cut_cable_ends_both(nodes: list[str], tmp_path: Path) -> None:
     """Nobody waits for ever for a node that has gone away."""
     tiny.write(tmp_path)

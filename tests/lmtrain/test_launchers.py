@@ -35,6 +35,7 @@ def test_a_run_is_that_of_one_process(tmp_path: Path) -> None:
         assert row["loss"] == pytest.approx(other["loss"], abs=1e-6)
 
 
+@pytest.mark.fault(7)
 def test_sigterm_to_the_launcher_saves_once_and_the_same_command_goes_on(tmp_path: Path) -> None:
     launched = torchrun(tmp_path, "train.steps=100000", "eval.every=0", "checkpoint.every=100000")
     rows = tmp_path / "run/metrics.jsonl"

@@ -63,6 +63,7 @@ def test_prefixes(number: float, text: str) -> None:
     assert si(number) == text
 
 
+@pytest.mark.fault(17)
 def test_a_board_that_fails_complains_once_and_falls_silent(tmp_path: Path) -> None:
     complaints: list[str] = []
     (tmp_path / "file").write_text("")
@@ -73,6 +74,7 @@ def test_a_board_that_fails_complains_once_and_falls_silent(tmp_path: Path) -> N
     assert "goes on without it" in complaints[0]
 
 
+@pytest.mark.fault(17)
 def test_a_resumed_board_purges_what_was_beyond(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -90,6 +92,7 @@ def test_a_resumed_board_purges_what_was_beyond(tmp_path: Path) -> None:
     assert [(event.step, event.value) for event in events] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
 
 
+@pytest.mark.fault(7)
 def test_the_first_signal_is_remembered_and_the_second_has_its_usual_effect() -> None:
     before = signal.getsignal(signal.SIGINT)
     with StopRequest() as stop:

@@ -63,6 +63,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, flo
     return losses(folder)
 
 
+@pytest.mark.fault(11)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_an_exception(tmp_path: Path, undisturbed: list[tuple[int, float]], rank: int) -> None:
     assert run(tmp_path, fault=f"step=6:raise:rank={rank}") == [CRASHED, CRASHED]
@@ -84,11 +85,13 @@ def unreadable() -> None:
     data.loader.Loader.step = step  # type: ignore[method-assign]
 
 
+@pytest.mark.fault(11)
 def test_an_exception_in_the_loader_of_one_rank(tmp_path: Path) -> None:
     assert run(tmp_path, mishap=unreadable) == [CRASHED, CRASHED]
     assert failed(tmp_path) == "rank 1 is at step 6, its batches: OSError: the disk with the tokens is gone"
 
 
+@pytest.mark.fault(11)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_sigkill(tmp_path: Path, undisturbed: list[tuple[int, float]], rank: int) -> None:
     codes = run(tmp_path, fault=f"step=6:kill:rank={rank}")
@@ -100,6 +103,7 @@ def test_sigkill(tmp_path: Path, undisturbed: list[tuple[int, float]], rank: int
     assert losses(tmp_path) == undisturbed
 
 
+@pytest.mark.fault(11)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_sigstop(tmp_path: Path, rank: int) -> None:
     tiny.write(tmp_path)
@@ -122,6 +126,7 @@ def stuck() -> None:
     lmtrain.train.fault.before_update = never
 
 
+@pytest.mark.fault(11)
 def test_a_main_thread_that_hangs(tmp_path: Path) -> None:
     assert run(tmp_path, PATIENCE, mishap=stuck) == [CRASHED, CRASHED]
     expected = "rank 1 (last seen at step 6, the update) did not come any further for 8 s, and others wait; rank "
@@ -139,6 +144,7 @@ def interrupted() -> None:
     lmtrain.train.evaluate = evaluate
 
 
+@pytest.mark.fault(7)
 def test_ctrl_c_on_one_rank_while_evaluating(tmp_path: Path, undisturbed: list[tuple[int, float]]) -> None:
     assert run(tmp_path, mishap=interrupted) == [STOPPED, STOPPED]
     status = read_status(tmp_path / "run")
@@ -147,6 +153,7 @@ def test_ctrl_c_on_one_rank_while_evaluating(tmp_path: Path, undisturbed: list[t
     assert status.checkpoint == "checkpoints/step-4"
 
 
+@pytest.mark.fault(15)
 def test_a_mistake_is_told_once_and_ends_all(tmp_path: Path) -> None:
     assert run(tmp_path, "train.steps=none", "train.batch_tokens=96") == [USER_ERROR, USER_ERROR]
     told, silence = ((tmp_path / f"{rank}.err").read_text() for rank in (0, 1))
@@ -159,6 +166,7 @@ def test_a_mistake_is_told_once_and_ends_all(tmp_path: Path) -> None:
     assert (tmp_path / "1.err").read_text() == ""
 
 
+@pytest.mark.fault(11)
 def test_a_rank_that_never_starts_is_named(tmp_path: Path) -> None:
     with started_ranks(2, tmp_path, alone, tmp_path) as processes:
         assert exit_codes(processes) == [CRASHED, 7]

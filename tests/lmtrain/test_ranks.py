@@ -91,6 +91,7 @@ def test_two_ranks_are_one_process(folder: Path) -> None:
     assert worlds == [1, 2]
 
 
+@pytest.mark.fault(6)
 @pytest.mark.parametrize(("wrote", "reads"), [(1, 2), (2, 1), (2, 2)])
 def test_a_checkpoint_fits_any_number_of_ranks(folder: Path, wrote: int, reads: int) -> None:
     name = f"from-{wrote}-on-{reads}"
@@ -99,6 +100,7 @@ def test_a_checkpoint_fits_any_number_of_ranks(folder: Path, wrote: int, reads: 
     assert_alike(folder / name, folder / f"plain-{wrote}", first=4, exact=wrote == reads)
 
 
+@pytest.mark.fault(6)
 @pytest.mark.slow
 @pytest.mark.parametrize("words", [PLAIN, CODES, STREAM, [*PLAIN, "optimizer.kind=muon"]])
 def test_one_two_and_four_ranks(tmp_path: Path, words: list[str]) -> None:
@@ -114,6 +116,7 @@ def test_one_two_and_four_ranks(tmp_path: Path, words: list[str]) -> None:
         assert_alike(tmp_path / name, tmp_path / "1", first=8, muon=muon)
 
 
+@pytest.mark.fault(6)
 def test_streams_are_kept_for_all_ranks_and_dealt_out_again(tmp_path: Path) -> None:
     assert run(2, tmp_path, "two", *STREAM) == [DONE] * 2
     state = checkpoint.load(tmp_path / "two/checkpoints/step-4").state
@@ -127,6 +130,7 @@ def test_streams_are_kept_for_all_ranks_and_dealt_out_again(tmp_path: Path) -> N
     assert "train.micro_batch" in told
 
 
+@pytest.mark.fault(7)
 def test_a_signal_to_one_rank_stops_all_with_one_checkpoint(folder: Path) -> None:
     assert run(2, folder, "stopped", *PLAIN, fault="step=6:term:rank=1") == [STOPPED] * 2
     status = read_status(folder / "stopped")
@@ -137,6 +141,7 @@ def test_a_signal_to_one_rank_stops_all_with_one_checkpoint(folder: Path) -> Non
     assert_alike(folder / "stopped", folder / "plain-2", exact=True)
 
 
+@pytest.mark.fault(9)
 def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_on_all(folder: Path) -> None:
     words = ["checkpoint.every=1", "checkpoint.keep=20", "train.steps=7"]
     assert run(2, folder, "skipped", *PLAIN, *words, fault="step=6:grad=nan:rank=1") == [DONE] * 2
@@ -147,6 +152,7 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_on_all(folder: Pat
     assert (rows[5]["skipped"], rows[6]["skipped"], rows[7]["skipped"]) == (0, 1, 1)
 
 
+@pytest.mark.fault(13)
 def test_what_the_first_rank_refuses_ends_for_all(folder: Path) -> None:
     with RunDirectory.open(folder / "plain-1"):
         assert [("in use by" in told) for told in run(2, folder, "plain-1", *PLAIN)] == [True] * 2
@@ -166,6 +172,7 @@ def starved(world: World, folder: Path) -> Any:
     return work(world, folder, "starved", PLAIN)
 
 
+@pytest.mark.fault(12)
 def test_a_last_checkpoint_that_the_disk_refuses_fails_on_all(folder: Path) -> None:
     assert run_ranks(2, starved, folder) == [1, 1]
     status = read_status(folder / "starved")

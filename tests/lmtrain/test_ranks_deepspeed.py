@@ -22,6 +22,7 @@ def zero(stage: int) -> list[str]:
     return words + (spread if stage == 3 else [])
 
 
+@pytest.mark.fault(9)
 def test_a_run_of_two_ranks_and_a_spoilt_step(tmp_path: Path) -> None:
     """The spoilt step comes behind the last checkpoint but one, and the same run of torch has one, too."""
     words = ["checkpoint.every=1", "checkpoint.keep=20"]
@@ -36,6 +37,7 @@ def test_a_run_of_two_ranks_and_a_spoilt_step(tmp_path: Path) -> None:
     assert log.splitlines()[0].split(",")[1] == (tmp_path / "torch/log.txt").read_text().splitlines()[0].split(",")[1]
 
 
+@pytest.mark.fault(6)
 @pytest.mark.slow
 @pytest.mark.parametrize("words", [PLAIN, CODES, STREAM], ids=["plain", "codes", "stream"])
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -54,6 +56,7 @@ def test_checkpoints_go_from_engine_to_engine(tmp_path: Path, stage: int, words:
         assert_alike(tmp_path / name, tmp_path / parent, first=8, exact=exact)
 
 
+@pytest.mark.fault(11)
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["raise", "kill", "term"])
 def test_a_rank_that_fails(tmp_path: Path, what: str) -> None:
@@ -70,6 +73,7 @@ def test_a_rank_that_fails(tmp_path: Path, what: str) -> None:
     assert [row["step"] for row in rows_of(tmp_path / "run") if "split" not in row] == list(range(1, 13))
 
 
+@pytest.mark.fault(11)
 @pytest.mark.slow
 def test_a_rank_that_stands_still(tmp_path: Path) -> None:
     words = [*zero(3), "parallel.timeout=6"]

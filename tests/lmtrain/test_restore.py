@@ -78,6 +78,7 @@ def test_the_tokenizer_says_how_large_the_vocabulary_is(run):
     assert restored.tokenizer.decode(restored.tokenizer.encode("éba".encode())) == "éba".encode()
 
 
+@pytest.mark.fault(3)
 def test_a_damaged_one_is_named_and_passed_over(run, capsys):
     models = make_run(run, ByteTokenizer(), [1, 2, 3])
     damage(run / "checkpoints/step-3", "optimizer.safetensors")
@@ -108,6 +109,7 @@ def test_a_checkpoint_that_was_asked_for(run, how, monkeypatch):
     assert same_weights(restored.model, models[1])
 
 
+@pytest.mark.fault(3)
 def test_an_asked_one_that_is_damaged_is_no_reason_to_take_another(run):
     make_run(run, ByteTokenizer(), [1, 2])
     damage(run / "checkpoints/step-2")

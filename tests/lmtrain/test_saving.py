@@ -95,6 +95,7 @@ def test_one_at_a_time_and_the_status_follows(run: RunDirectory, gate: Gate) -> 
     assert [path.name for path in sorted(run.checkpoints.glob("step-*"))] == ["step-3", "step-4"], "two are kept"
 
 
+@pytest.mark.fault(12)
 def test_a_disk_that_refuses_is_heard_at_the_next_boundary(run: RunDirectory, gate: Gate) -> None:
     complaints: list[str] = []
     saver = saver_of(run, complaints)
@@ -158,6 +159,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+@pytest.mark.fault(2, 5)
 def test_a_run_is_the_same_and_at_every_instant_a_checkpoint_verifies(undisturbed: Path, tmp_path: Path) -> None:
     folder, found, over = tmp_path / "run/checkpoints", [], threading.Event()
 
@@ -180,6 +182,7 @@ def test_a_run_is_the_same_and_at_every_instant_a_checkpoint_verifies(undisturbe
     assert_same(tmp_path / "run", undisturbed)
 
 
+@pytest.mark.fault(2)
 @pytest.mark.parametrize(
     "fault", ["save:before=commit", "save:before=latest", "save:before=retention", "save:bytes=90000"]
 )

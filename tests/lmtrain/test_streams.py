@@ -65,6 +65,7 @@ def losses_of_training_without_memory(training: Any) -> torch.Tensor:
     return token_losses(hidden.flatten(0, 1), training.model.head_weight, batch.labels[:1].flatten())
 
 
+@pytest.mark.fault(5)
 def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path) -> None:
     runs = []
     for name, fault in (("whole", ""), ("killed", "step=7:kill")):
@@ -104,6 +105,7 @@ def test_streams_begin_again_when_their_lanes_are_read(tmp_path: Path) -> None:
     assert [step for step, begun in enumerate(begins) if begun] == [0, len(begins) // 2, len(begins) - 1]
 
 
+@pytest.mark.fault(9)
 def test_a_skipped_step_forgets_what_may_not_be_finite(tmp_path: Path) -> None:
     whole = tiny.command(tmp_path, *STREAM, "checkpoint.every=5", "train.steps=5", fault="step=5:grad=nan")
     text, _ = whole.communicate(timeout=60)

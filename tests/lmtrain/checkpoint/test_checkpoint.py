@@ -64,6 +64,7 @@ def test_the_same_content_gives_the_same_bytes(tmp_path):
         assert (first / name).read_bytes() == (second / name).read_bytes()
 
 
+@pytest.mark.fault(13)
 def test_a_name_with_blanks_and_a_link_to_another_disk(tmp_path):
     (tmp_path / "a disk").mkdir()
     (tmp_path / "link to it").symlink_to(tmp_path / "a disk")
@@ -124,6 +125,7 @@ def one_saved(tmp_path):
     assert newest(tmp_path) == (tmp_path / "step-1", [])
 
 
+@pytest.mark.fault(12)
 @pytest.mark.parametrize("limit", [0, 100, 3000, 5000])
 def test_a_limit_on_the_size_of_files(one_saved, limit):
     """RLIMIT_FSIZE gives EFBIG; it cannot be raised again, hence the child. 5000 is in the second group."""
@@ -145,6 +147,7 @@ def test_a_limit_on_the_size_of_files(one_saved, limit):
     assert f"{int(needed):,} bytes" in message
 
 
+@pytest.mark.fault(12)
 @pytest.mark.parametrize("victim", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
 def test_a_disk_that_fills_up(one_saved, monkeypatch, victim):
     """The kernel's own ENOSPC: one file of the checkpoint is /dev/full."""
@@ -159,6 +162,7 @@ def test_a_disk_that_fills_up(one_saved, monkeypatch, victim):
         save(one_saved, 2, groups(1), STATE)
 
 
+@pytest.mark.fault(12)
 @pytest.mark.parametrize("code", [errno.EDQUOT, errno.EIO, errno.ENOSPC])
 @pytest.mark.parametrize("call", ["fsync", "mkdir", "rename"])
 def test_a_disk_that_refuses_late(one_saved, monkeypatch, call, code):
@@ -173,6 +177,7 @@ def test_a_disk_that_refuses_late(one_saved, monkeypatch, call, code):
     monkeypatch.undo()
 
 
+@pytest.mark.fault(12)
 def test_too_little_space_is_seen_before_anything_is_written(one_saved, monkeypatch):
     needed = bytes_needed(groups())
     usage = checkpoint.shutil.disk_usage(one_saved)
@@ -182,6 +187,7 @@ def test_too_little_space_is_seen_before_anything_is_written(one_saved, monkeypa
         save(one_saved, 2, groups(1), STATE)
 
 
+@pytest.mark.fault(12)
 def test_a_disk_that_gives_back_something_else(one_saved, monkeypatch):
     really_write = os.write
     monkeypatch.setattr(os, "write", lambda file, data: really_write(file, bytes(data).replace(b"F32", b"I32")))
@@ -197,6 +203,7 @@ def test_a_hint_that_cannot_be_written_costs_a_warning(tmp_path, caplog):
     assert newest(tmp_path) == (tmp_path / "step-2", [])
 
 
+@pytest.mark.fault(13)
 def test_a_folder_that_cannot_be_made(tmp_path):
     """Root may write anywhere, so a file stands in the way instead of missing permissions."""
     (tmp_path / "checkpoints").write_text("a file")

@@ -12,6 +12,8 @@ import torch
 
 from lmtrain.checkpoint import clean, load, newest, retain, save, verify
 
+pytestmark = pytest.mark.fault(1)
+
 
 def groups(step):
     return {"model": {"weight": torch.full((300,), float(step))}, "optimizer": {"exp_avg": torch.ones(100)}}

@@ -40,6 +40,7 @@ def assert_named_and_passed_over(folder, file):
         load(folder / "step-2")
 
 
+@pytest.mark.fault(3)
 @pytest.mark.parametrize("file", FILES)
 def test_one_flipped_bit(folder, file):
     path = folder / "step-2" / file
@@ -83,6 +84,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.fault(4)
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_of_each_kind_to_each_file(folder, file, damage):
@@ -97,6 +99,7 @@ def test_the_harm_is_real(tmp_path):
     assert (tmp_path / "witness").exists()
 
 
+@pytest.mark.fault(4)
 @pytest.mark.parametrize("content", ["", "step-9\n", "../../etc", "\0\0", "step-1\n", None])
 def test_latest_is_a_hint_only(folder, content):
     if content is None:
@@ -107,6 +110,7 @@ def test_latest_is_a_hint_only(folder, content):
     assert newest(folder) == (folder / "step-2", [])
 
 
+@pytest.mark.fault(4)
 def test_what_is_no_checkpoint_is_passed_over(folder):
     for name in (
         "step-3.tmp-0a1b2c3d",
@@ -121,6 +125,7 @@ def test_what_is_no_checkpoint_is_passed_over(folder):
     assert newest(folder) == (folder / "step-2", [])
 
 
+@pytest.mark.fault(3, 4)
 def test_rejected_are_named_newest_first(folder):
     (folder / "step-10").mkdir()
     (folder / "step-9").write_text("a file")
@@ -134,6 +139,7 @@ def test_rejected_are_named_newest_first(folder):
     ]
 
 
+@pytest.mark.fault(4)
 def test_all_damaged_or_none_there(folder, tmp_path):
     for step in (1, 2):
         (folder / f"step-{step}" / "state.json").write_text("{}")
@@ -170,6 +176,7 @@ def test_a_forged_manifest_without_changes_is_accepted(folder):
     assert verify(folder / "step-2") == []
 
 
+@pytest.mark.fault(16)
 @pytest.mark.parametrize(
     "name", ["../x.safetensors", "/x.safetensors", "a/b", "..", ".", "", ".hidden", "a\\b", "a\0b", "x\n"]
 )
@@ -199,12 +206,14 @@ CHANGES = {
 }
 
 
+@pytest.mark.fault(4)
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_manifest_that_is_none_is_refused(folder, change):
     forge(folder / "step-2", CHANGES[change])
     assert_named_and_passed_over(folder, "manifest.json")
 
 
+@pytest.mark.fault(4)
 @pytest.mark.parametrize("content", ["[]", "null", "1", '"checksum"', "[" * 100_000, "{}", "NaN"])
 def test_json_that_is_no_manifest_is_refused(folder, content):
     (folder / "step-2" / "manifest.json").write_text(content)
@@ -216,6 +225,7 @@ def test_an_enormous_manifest_is_not_read(folder):
     assert_named_and_passed_over(folder, "manifest.json")
 
 
+@pytest.mark.fault(16)
 def test_a_pickle_with_a_right_hash_still_executes_nothing(folder):
     path = folder / "step-2" / "model.safetensors"
     path.write_bytes(pickle.dumps(Harmful(folder / "witness")))

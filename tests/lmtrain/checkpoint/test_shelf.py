@@ -31,6 +31,7 @@ def test_the_protected_stay(tmp_path):
     assert names(tmp_path) == ["step-2", "step-3", "step-4"]
 
 
+@pytest.mark.fault(4)
 def test_only_those_that_verify_count(tmp_path):
     save_steps(tmp_path, 1, 2, 3, 4, 5)
     for step in (5, 3):
@@ -56,6 +57,7 @@ def test_those_set_aside_go_with_their_age(tmp_path):
     assert [name.partition(".damaged-")[0] for name in names(tmp_path)] == ["step-2", "step-2"]
 
 
+@pytest.mark.fault(4)
 def test_cleaning_takes_only_what_crashes_leave(tmp_path):
     save_steps(tmp_path, 1)
     kept = [
@@ -87,6 +89,7 @@ def test_cleaning_follows_no_link(tmp_path):
     assert (tmp_path / "elsewhere" / "file").read_text() == "precious"
 
 
+@pytest.mark.fault(12)
 def test_room_for_those_kept_and_one_more(tmp_path, monkeypatch):
     save_steps(tmp_path, 1)
     size = sum(file.stat().st_size for file in (tmp_path / "step-1").iterdir())

@@ -58,6 +58,7 @@ def test_the_block_of_two_problems(base: Path, tmp_path: Path, monkeypatch: pyte
     )
 
 
+@pytest.mark.fault(15)
 def test_everything_at_once_in_the_order_of_the_file(base: Path) -> None:
     base.write_text(BASE.replace("corpus: stdlib", "corpus: stdlb").replace("heads: 4\n", "heads: 3\n") + "eval: 3\n")
     lines = problems(base, "train.steps=0", "model.pattern=near far fra")
@@ -156,6 +157,7 @@ RULES = [
 ]
 
 
+@pytest.mark.fault(15)
 @pytest.mark.parametrize(("overrides", "expected"), RULES, ids=[f"{o[-1]}" for o, _ in RULES])
 def test_every_rule(overrides: list[str], expected: str, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
@@ -301,6 +303,7 @@ def test_the_error_can_cross_processes(base: Path) -> None:
     assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value)
 
 
+@pytest.mark.fault(15)
 def test_nothing_is_created(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     problems(base, "train.steps=x", "run.dir=here")

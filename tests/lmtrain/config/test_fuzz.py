@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lmtrain.config import SECTIONS, ConfigError, load, save
+
+pytestmark = pytest.mark.fault(15)
 
 KEYS = [f"{section}.{name}" for section, of in SECTIONS.items() for name in of.__dataclass_fields__]
 KEYS += ["model.mixers.near", "model.mixers.near.window", "model.mixers.x.kind", "train", "model", "nothing"]

@@ -112,6 +112,7 @@ def test_a_value_changed_after_loading_is_saved_as_it_is(base: Path, tmp_path: P
     assert to_dict(config)["model"]["learned_positions"] == 5000
 
 
+@pytest.mark.fault(15)
 @pytest.mark.parametrize(
     ("text", "line", "message"),
     [
@@ -138,6 +139,7 @@ def test_forms_of_yaml_that_are_refused(text: str, line: int, message: str, tmp_
         load(path)
 
 
+@pytest.mark.fault(16)
 def test_a_tag_executes_nothing(tmp_path: Path) -> None:
     victim = tmp_path / "executed"
     text = f"run:\n  dir: !!python/object/apply:os.mkdir [{victim}]\n"
@@ -147,6 +149,7 @@ def test_a_tag_executes_nothing(tmp_path: Path) -> None:
     assert not victim.exists()
 
 
+@pytest.mark.fault(15)
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"run: \x00", b"a: \x1b", "run: {seed: 3}".encode("utf-16")])
 def test_files_that_are_no_text(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "binary.yaml"

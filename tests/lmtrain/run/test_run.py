@@ -43,6 +43,7 @@ def events(path):
 # The folder
 
 
+@pytest.mark.fault(13)
 @pytest.mark.parametrize("name", ["run", "a run with blanks", "läuft", "deep/er/run"])
 def test_a_new_run_and_the_same_again(tmp_path, name):
     path = tmp_path / name
@@ -63,6 +64,7 @@ def test_a_new_run_and_the_same_again(tmp_path, name):
     assert (path / "log.txt").read_text() == "first line\nsecond line\n"
 
 
+@pytest.mark.fault(13)
 def test_links_are_followed(tmp_path, monkeypatch):
     (tmp_path / "disk").mkdir()
     (tmp_path / "run").symlink_to(tmp_path / "disk")
@@ -86,6 +88,7 @@ def test_a_folder_with_something_else_is_refused(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.fault(13)
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
@@ -102,6 +105,7 @@ def test_a_path_where_no_folder_can_be(tmp_path, name, reason):
     assert (tmp_path / "file").read_text() == "precious"
 
 
+@pytest.mark.fault(13)
 def test_a_file_system_that_refuses_even_root():
     """Missing permissions do not stop root; /proc does."""
     with pytest.raises(ValueError, match=r"run\.dir /proc/run: cannot be written: "):
@@ -116,6 +120,7 @@ def test_a_file_that_cannot_be_written_frees_the_lock(tmp_path):
             RunDirectory.open(tmp_path)
 
 
+@pytest.mark.fault(1)
 def test_a_start_killed_anywhere_can_be_repeated(tmp_path):
     """SIGKILL before the n-th file is opened or renamed, for every n of a start."""
     path, n, status = tmp_path / "run", 0, None
@@ -144,6 +149,7 @@ def test_a_start_killed_anywhere_can_be_repeated(tmp_path):
     assert n > 10
 
 
+@pytest.mark.fault(4)
 def test_leftovers_of_a_crash_go_at_the_start(tmp_path):
     RunDirectory.open(tmp_path).close()
     (tmp_path / "status.json.tmp-0a1b2c3d").write_text("{")
@@ -156,6 +162,7 @@ def test_leftovers_of_a_crash_go_at_the_start(tmp_path):
 # The lock
 
 
+@pytest.mark.fault(13)
 def test_a_second_process_is_refused_and_told_who_is_at_work(tmp_path):
     ready, go = os.pipe()
 
@@ -190,6 +197,7 @@ def test_the_same_process_is_refused_too(tmp_path):
     assert events(tmp_path) == ["start", "start"]
 
 
+@pytest.mark.fault(13)
 def test_a_child_that_outlives_the_holder_is_told_apart(tmp_path):
     ready, go = os.pipe()
 
@@ -208,6 +216,7 @@ def test_a_child_that_outlives_the_holder_is_told_apart(tmp_path):
         os.kill(grandchild, signal.SIGKILL)
 
 
+@pytest.mark.fault(13)
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"host": 1}', "\0\0\0"])
 def test_a_lock_file_of_any_content_is_taken(tmp_path, content):
     (tmp_path / "lock").write_text(content)
@@ -228,6 +237,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.fault(13)
 @pytest.mark.parametrize("case", CHANGES)
 def test_a_file_system_without_flock_goes_by_the_content(tmp_path, monkeypatch, case):
     def unsupported(*_):
@@ -326,6 +336,7 @@ def test_every_length_of_a_torn_file_can_be_read_and_repaired(tmp_path):
         assert len(found) == (length >= len(WHOLE.splitlines()[0])) + (length >= len(WHOLE) - 1)
 
 
+@pytest.mark.fault(1)
 def test_truncation_killed_before_the_rename_changes_nothing(tmp_path):
     with RunDirectory.open(tmp_path) as run:
         for step in range(100):
@@ -341,6 +352,7 @@ def test_truncation_killed_before_the_rename_changes_nothing(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.fault(12)
 def test_a_full_disk_delays_rows_but_loses_none(tmp_path):
     """The limit on the size of files leaves room for a part of a row; later there is room again."""
 
@@ -365,6 +377,7 @@ def test_a_full_disk_delays_rows_but_loses_none(tmp_path):
     assert read_status(tmp_path).state == "done"
 
 
+@pytest.mark.fault(12)
 def test_rows_the_disk_never_took_are_reported_at_the_end(tmp_path):
     run = RunDirectory.open(tmp_path)
     full, metrics = os.open("/dev/full", os.O_WRONLY), run._metrics._descriptor
