@@ -1,8 +1,8 @@
 """The command line. Each verb is one function here that calls the library and prints; nothing else happens here.
 
-Exit codes: 0 done, 2 the user's mistake, 4 the answer is no (a leak, a damaged checkpoint, training gave up), 75
-stopped early and can go on, 130 interrupted; others are crashes. With --json one JSON object goes to stdout and
-all else to stderr.
+Exit codes: 0 done, 2 the user's mistake, 3 some runs of a sweep failed, 4 the answer is no (a leak, a damaged
+checkpoint, training gave up), 75 stopped early and can go on, 130 interrupted; others are crashes. With --json one
+JSON object goes to stdout and all else to stderr.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launch.report_cli import add_report, report
+from launch.sweep_cli import add_sweep
 from lmtrain import __version__
 
 if TYPE_CHECKING:
@@ -79,7 +81,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
 
     def verb(
         name: str,
-        run: Callable[[Any], int],
+        run: Callable[[Any], int] | None,
         summary: str,
         *examples: str,
         debug: str = "show the traceback of an error",
@@ -91,7 +93,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
             epilog="examples:\n" + "\n".join(f"  lmtrain {name} {example}" for example in examples),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        sub.set_defaults(run=run)
+        sub.set_defaults(run=run)  # None: its actions have functions of their own
         sub.add_argument("--debug", action="store_true", help=debug)
         return sub
 
@@ -176,6 +178,19 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
             "slurm enwik8/local --nodes 2 --processes 2 --gpus",
             "slurm demo --time 12:00:00 --option=--partition=long --submit",
         )
+    )
+    add_sweep(
+        verb(
+            "sweep",
+            None,
+            "many runs that differ in a few settings: plan and run them, fit their laws, report",
+            "plan sparsity data.path=enwik8",
+            "run enwik8-mixers data.path=enwik8 --workers 2",
+        ),
+        _positive,
+    )
+    add_report(
+        verb("report", report, "one page that compares finished runs", "runs/demo runs/wide", "runs/* --out compared")
     )
     return parser, dict(verbs.choices)
 

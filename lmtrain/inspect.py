@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from attention.mixer import MIXERS, Cost, build, parameter_count
-from lmtrain.config import BYTE_VOCABULARY, Config, to_dict
+from lmtrain.config import Config, to_dict
 from lmtrain.memory import Memory, estimate_memory, nbytes
 from lmtrain.model import DecoderLM
 from lmtrain.rank_memory import Layout, RankMemory, layout_of, rank_memory, smallest_fit
@@ -208,7 +208,7 @@ def inspect(config: Config, asked: Asked | None = None) -> Inspection:
     """
     note = ""
     if config.model.vocab_size is None:
-        assumed = config.data.vocab_size if config.data.tokenizer == "bpe" else BYTE_VOCABULARY
+        assumed = config.assumed_vocabulary
         note = f"model.vocab_size is not known before the text is read: {assumed} is assumed here"
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=assumed))
     with torch.device("meta"):

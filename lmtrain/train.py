@@ -164,12 +164,15 @@ class Training:
             return self._already_done()
         self._introduce(start)
         code = None
-        with self.saver:
-            while code is None:
-                wanted = self.config.log.tensorboard and self.world.is_first
-                self.board = Board(self.run.tensorboard, self._complain, wanted, purge_step=self.step + 1)
-                with closing(self.board):
-                    code = self._train()
+        try:
+            with self.saver:
+                while code is None:
+                    wanted = self.config.log.tensorboard and self.world.is_first
+                    self.board = Board(self.run.tensorboard, self._complain, wanted, purge_step=self.step + 1)
+                    with closing(self.board):
+                        code = self._train()
+        finally:
+            self.run.event("end", step=self.step, peak_memory=peak_memory(self.device))
         return code
 
     def _train(self) -> int | None:

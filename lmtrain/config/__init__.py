@@ -42,6 +42,7 @@ from lmtrain.files import replace_bytes
 
 __all__ = [
     "BYTE_VOCABULARY",
+    "SHIPPED",
     "CheckpointConfig",
     "Config",
     "ConfigError",
@@ -53,8 +54,10 @@ __all__ = [
     "ParallelConfig",
     "Problem",
     "RunConfig",
+    "Source",
     "TrainConfig",
     "differences",
+    "fingerprint",
     "load",
     "reload",
     "save",
@@ -82,9 +85,31 @@ def load(
     files, say, are told at once with misspelt keys. ranks: processes that share a batch.
     Raises ConfigError with every problem found.
     """
-    assert not isinstance(overrides, str), "a list of key=value"
-    path, name = _find(str(path_or_name))
-    return _load(path, overrides, f"runs/{name}", checks, ranks)
+    return Source.of(path_or_name).load(overrides, checks=checks, ranks=ranks)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A configuration file that was read once, from which any number of configurations are made.
+
+    run_dir: of those that name none. tree: what was written, problems: what is wrong with it whatever is overridden.
+    """
+
+    run_dir: str
+    tree: Node
+    problems: tuple[Problem, ...]
+
+    @classmethod
+    def of(cls, path_or_name: str | Path) -> Source:
+        """A YAML file, or a shipped one by name. Raises ConfigError if it cannot be read."""
+        path, name = _find(str(path_or_name))
+        return cls(f"runs/{name}", *_read_file(path))
+
+    def load(self, overrides: Sequence[str] = (), *, checks: Iterable[Check] = (), ranks: int = 1) -> Config:
+        """See `load` of this module."""
+        assert not isinstance(overrides, str), "a list of key=value"
+        written, problems = _overridden(self.tree.copy(), overrides)
+        return _load(written, [*self.problems, *problems], self.run_dir, checks, ranks)
 
 
 def reload(
@@ -100,7 +125,8 @@ def reload(
         message = "not the folder of a run: it has no config.yaml"
         raise ConfigError([Problem(COMMAND_LINE, str(run_dir), message)])
     here = str(run_dir).replace("${", r"\${")
-    return _load(path, [f"run.dir={here}", *overrides], str(run_dir), checks, ranks)
+    source = Source(str(run_dir), *_read_file(path))
+    return source.load([f"run.dir={here}", *overrides], checks=checks, ranks=ranks)
 
 
 def save(config: Config, path: str | Path) -> None:
@@ -149,8 +175,9 @@ def fingerprint(config: Config, ignore: Sequence[str] = ()) -> str:
 
 
 def shipped_configs() -> list[str]:
-    """Names of the configurations that come with lmtrain."""
-    return sorted(path.relative_to(SHIPPED).with_suffix("").as_posix() for path in SHIPPED.rglob("*.yaml"))
+    """Names of the configurations that come with lmtrain; those in `sweeps` are of many runs."""
+    names = [path.relative_to(SHIPPED).with_suffix("").as_posix() for path in SHIPPED.rglob("*.yaml")]
+    return sorted(name for name in names if not name.startswith("sweeps/"))
 
 
 def _find(path_or_name: str) -> tuple[Path, str]:
@@ -167,9 +194,8 @@ def _find(path_or_name: str) -> tuple[Path, str]:
     return path, path.stem
 
 
-def _load(path: Path, overrides: Sequence[str], run_dir: str, checks: Iterable[Check], ranks: int) -> Config:
+def _load(written: Node, problems: list[Problem], run_dir: str, checks: Iterable[Check], ranks: int) -> Config:
     """Read all values, then let every rule and check speak that does not depend on a faulty one."""
-    written, problems = _read_file(path, overrides)
     defaults = _resolved(Config())
     defaults["run"]["dir"] = run_dir
     tree, texts, not_filled = interpolate(written, defaults)
@@ -196,13 +222,19 @@ def _load(path: Path, overrides: Sequence[str], run_dir: str, checks: Iterable[C
     return config
 
 
-def _read_file(path: Path, overrides: Sequence[str]) -> tuple[Node, list[Problem]]:
+def _read_file(path: Path) -> tuple[Node, tuple[Problem, ...]]:
     shown = os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError([Problem(shown, "not readable", str(error))]) from None
     tree, problems = read_yaml(text, shown)
+    return tree, tuple(problems)
+
+
+def _overridden(tree: Node, overrides: Sequence[str]) -> tuple[Node, list[Problem]]:
+    """The tree with the overrides written into it, and those that cannot be."""
+    problems = []
     for each in overrides:
         try:
             override(tree, each, _is_group, _is_mapping)

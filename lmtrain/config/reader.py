@@ -35,6 +35,15 @@ class Node:
     where: str
     filled_from: str | None = None
 
+    def copy(self) -> Node:
+        """The same tree, to be changed without changing this one."""
+        value = self.value
+        if isinstance(value, dict):
+            value = {name: child.copy() for name, child in value.items()}
+        elif isinstance(value, list):
+            value = [item.copy() for item in value]
+        return Node(value, self.where, self.filled_from)
+
     @property
     def text(self) -> str | None:
         """How a scalar was written; None for lists and mappings."""
@@ -165,6 +174,8 @@ def interpolate(tree: Node, defaults: dict[str, Any]) -> tuple[Node, dict[str, s
     `${data.seq_len}` is the value written for that key, or else its default; `${oc.env:NAME}` a variable.
     """
     written = dict(_with_interpolations(tree, ()))
+    if not written:  # OmegaConf takes most of the time that reading takes
+        return tree, {}, []
     problems: list[Problem] = []
     for path, node in written.items():
         try:

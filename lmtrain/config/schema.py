@@ -311,6 +311,13 @@ class Config:
         return BYTE_VOCABULARY if self.data.tokenizer == "bytes" else None
 
     @property
+    def assumed_vocabulary(self) -> int:
+        """model.vocab_size; before the text is read, the most that its tokenizer may make, or that of bytes."""
+        if self.model.vocab_size is not None:
+            return self.model.vocab_size
+        return self.data.vocab_size if self.data.tokenizer == "bpe" else BYTE_VOCABULARY
+
+    @property
     def carry(self) -> int:
         """data.carry, filled in."""
         return self.data.carry or 4 * self.data.seq_len

@@ -37,7 +37,10 @@ def test_a_command_that_makes_no_sense_exits_with_2(argv: list[str], capsys: pyt
 
 @pytest.mark.parametrize(
     "verb",
-    ["train", "prepare", "eval", "compare", "generate", "inspect", "audit", "list", "bench", "checkpoint", "launch"],
+    [
+        *("train", "prepare", "eval", "compare", "generate", "inspect", "audit", "list", "bench", "checkpoint"),
+        *("launch", "sweep", "report"),
+    ],
 )
 def test_every_verb_shows_two_examples(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:

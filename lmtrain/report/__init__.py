@@ -1,0 +1,1 @@
+"""One page that says what a comparison of runs found, with its figures and tables beside it."""

@@ -1,0 +1,65 @@
+"""Seeds come together, and only runs that differ in nothing but the mixer are subtracted."""
+
+import math
+
+import pytest
+from scipy import stats
+
+from lmtrain.sweep.comparison import collect
+from lmtrain.sweep.seeds import Variants
+from tests.lmtrain.sweep.made import a_grid, hoffmann
+
+LUCK = {1: 0.3, 2: -0.2, 3: 0.05}
+"""Of a seed, the same for every mixer."""
+
+
+def of(mixers: dict[str, float], **grid: object) -> Variants:
+    """Each mixer's loss is worse by its number; a little less so with seed 1."""
+    runs = []
+    for mixer, worse in mixers.items():
+        runs += a_grid(
+            mixers=(mixer,),
+            seeds=(1, 2, 3),
+            loss=lambda N, D, rho, seed, worse=worse: hoffmann(N, D) + LUCK[seed] + worse * (1 + 0.01 * (seed == 1)),
+            **grid,
+        )
+    return Variants(collect("x", runs))
+
+
+def test_pairs_take_the_luck_of_the_seed_away() -> None:
+    variants = of({"dense": 0.0, "local": -0.1}, sizes=(10**6,), tokens=(10**8,))
+    (difference,) = variants.differences()
+    pairs = [-0.1 * factor / math.log(2) for factor in (1.01, 1, 1)]
+    low, high = stats.t.interval(0.95, 2, sum(pairs) / 3, stats.sem(pairs))
+    assert (difference.variant, difference.other, difference.mean.count) == ("local", "dense", 3)
+    assert difference.mean.value == pytest.approx(sum(pairs) / 3)
+    assert difference.mean.half == pytest.approx((high - low) / 2)
+    assert difference.mean.beyond_chance
+
+
+def test_places_are_sizes_and_token_counts_each_with_its_seeds() -> None:
+    variants = of({"dense": 0.0, "local": -0.1}, sizes=(10**6, 10**7), tokens=(10**8, 10**9))
+    assert variants.places == [f"size {s}, {d} tokens" for s in ("s0", "s1") for d in ("100,000,000", "1,000,000,000")]
+    assert all(len(cell.runs) == 3 for cell in variants.cells)
+    assert [d.place for d in variants.differences()][-1] == "all places"
+    assert variants.differences()[-1].mean.count == 12
+
+
+def test_sparsities_are_variants_beside_a_mixer_without_them() -> None:
+    runs = a_grid(seeds=(1,)) + a_grid(mixers=("mosa",), sparsities=(2.0, 16.0), seeds=(1,))
+    variants = Variants(collect("x", runs))
+    assert variants.names == ["dense", "mosa, rho 2", "mosa, rho 16"]
+    assert {d.variant for d in variants.differences()} == {"mosa, rho 2", "mosa, rho 16"}
+
+
+def test_other_seeds_are_no_pairs() -> None:
+    runs = a_grid(sizes=(10**6,), tokens=(10**8,), seeds=(1, 2))
+    runs += a_grid(mixers=("local",), sizes=(10**6,), tokens=(10**8,), seeds=(3, 4))
+    assert Variants(collect("x", runs)).differences() == []
+
+
+def test_an_axis_of_another_setting_keeps_runs_apart() -> None:
+    runs = [*a_grid(sizes=(10**6,), tokens=(10**8,)), *a_grid(sizes=(10**6,), tokens=(10**8,), mixers=("local",))]
+    for number, run in enumerate(runs):
+        run.axes["lr"] = 0.001 * (1 + number)
+    assert Variants(collect("x", runs)).differences() == []
