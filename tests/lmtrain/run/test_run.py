@@ -60,7 +60,7 @@ def test_a_new_run_and_the_same_again(tmp_path, name):
         assert run.status == Status("running", 1, "checkpoints/step-1")
         run.log("second line")
     assert read_metrics(path) == [{"step": 1, "loss": 0.5}]
-    assert events(path) == ["start", "start"]
+    assert events(path) == ["start", "end", "start"]
     assert (path / "log.txt").read_text() == "first line\nsecond line\n"
 
 
