@@ -12,6 +12,8 @@ from lmtrain.train import DONE, STOPPED, train
 from tests.lmtrain import tiny
 from tests.lmtrain.test_rank_faults import run as run_ranks
 
+pytestmark = pytest.mark.fault(8)
+
 
 @pytest.mark.parametrize(
     ("text", "seconds"),

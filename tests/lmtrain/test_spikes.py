@@ -17,6 +17,8 @@ from lmtrain.train import DONE, GAVE_UP, train
 from tests.lmtrain import tiny
 from tests.lmtrain.test_ranks import run as run_ranked
 
+pytestmark = pytest.mark.fault(10)
+
 STEPS = 44
 BAD = 40  # the step that reads sample 4 * 39, of four a step
 SPIKE = f"sample={4 * (BAD - 1)}:tokens=random"
