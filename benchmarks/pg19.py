@@ -35,11 +35,9 @@ def row(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         "word perplexity": windows["word_perplexity"],
         "bits per byte": windows["bits_per_byte"],
         "carried word perplexity": carried["word_perplexity"],
-        "context": windows["context"],
-        "carry": carried["carry"],
         "words": windows["words"],
         "training tokens": train["steps"] * train["batch_tokens"],
-        "FLOPs per token": cost["flops_per_token"],
+        "training FLOPs per token": cost["flops_per_token"]["training"],
     }
 
 
