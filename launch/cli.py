@@ -175,8 +175,10 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         verb(
             "checkpoint",
             _checkpoint,
-            "whether a checkpoint is intact; its model for other programs",
+            "what checkpoints there are; whether they are intact; their model for other programs",
+            "list runs/demo",
             "verify runs/demo",
+            "repair runs/demo",
             "export runs/demo/checkpoints/step-300 --safetensors --out my-model",
         )
     )
@@ -307,8 +309,10 @@ def _add_bench(sub: argparse.ArgumentParser) -> None:
 
 
 def _add_checkpoint(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("action", choices=["verify", "export"])
-    sub.add_argument("path", type=Path, help="a checkpoint, or a run: all of its checkpoints; to export: its newest")
+    sub.add_argument("action", choices=["list", "verify", "repair", "export"], help="`repair` moves damaged ones aside")
+    which = "a run (all of its checkpoints; to export: its newest), or to verify or export a checkpoint"
+    sub.add_argument("path", type=Path, help=which)
+    sub.add_argument("--json", action="store_true", help="of list: one JSON object on stdout")
     sub.add_argument("--safetensors", action="store_true", help="the format of the export, so far the only one")
     sub.add_argument("--out", type=Path, metavar="FOLDER", help="a new one for the export (export/step-N of the run)")
 
@@ -492,13 +496,19 @@ def _checkpoint(arguments: argparse.Namespace) -> int:
     from lmtrain.checkpoint.shelf import candidates
 
     path: Path = arguments.path
+    if arguments.action != "list":
+        _refuse(arguments, ("json",), "for the list only")
     if arguments.action == "export":
         from lmtrain.export import export  # with the whole model, which verifying does not need
 
         print(export(path, arguments.out))
         return 0
     if arguments.safetensors or arguments.out:
-        raise ValueError("--safetensors and --out say how to export; verify writes nothing")
+        raise ValueError(f"--safetensors and --out say how to export, not to {arguments.action}")
+    if arguments.action == "list":
+        return _list_checkpoints(arguments)
+    if arguments.action == "repair":
+        return _repair(path)
     paths = candidates(path / "checkpoints") if (path / "checkpoints").is_dir() else [path]
     if not paths or not all(p.is_dir() for p in paths):
         raise ValueError(f"{path}: no checkpoint there")
@@ -506,6 +516,39 @@ def _checkpoint(arguments: argparse.Namespace) -> int:
     for checkpoint, problems in found:
         print(f"{checkpoint}: {'intact' if not problems else 'DAMAGED: ' + '; '.join(problems)}")
     return NO if any(problems for _, problems in found) else 0
+
+
+def _list_checkpoints(arguments: argparse.Namespace) -> int:
+    from lmtrain.checkpoint.inventory import format_inventory, inventory
+    from lmtrain.config import reload
+
+    entries = inventory(_checkpoints_of(arguments.path), reload(arguments.path).checkpoint.keep)
+    rows = {"run": str(arguments.path), "checkpoints": [entry.row for entry in entries]}
+    _show(arguments, lambda: rows, lambda: format_inventory(entries))
+    return 0 if any(not entry.problems for entry in entries) else NO
+
+
+def _repair(run: Path) -> int:
+    from lmtrain.checkpoint.inventory import repair
+    from lmtrain.run.lock import Lock
+
+    folder = _checkpoints_of(run)
+    try:
+        lock = Lock(run / "lock")
+    except ValueError as error:
+        raise ValueError(f"{run}: {error}") from None
+    try:
+        done = repair(folder)
+    finally:
+        lock.release()
+    print(done.format())
+    return 0 if done.newest else NO
+
+
+def _checkpoints_of(run: Path) -> Path:
+    if not (run / "checkpoints").is_dir():
+        raise ValueError(f"{run}: no run with checkpoints there")
+    return run / "checkpoints"
 
 
 def _launch(arguments: argparse.Namespace) -> int:

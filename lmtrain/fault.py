@@ -7,22 +7,31 @@
     step=N:stall           SIGSTOP there: the process stands still
     step=N:raise           RuntimeError there
     step=N:term            SIGTERM there
+    sample=N:tokens=random the micro-batch with sample N holds random tokens, whenever it is read
 
 of all ranks, or with `:rank=R` behind it of one. Unset, as in every real run, each hook is one look at the environment
 and returns.
 """
 
+from __future__ import annotations
+
 import os
 import re
 import signal
+from dataclasses import replace
 from functools import cache
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
+import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from data.loader import Batch
 
 VARIABLE = "LMTRAIN_FAULT"
 _GRAMMAR = re.compile(
-    r"(?P<what>save:bytes=[0-9]+|save:before=(?:commit|latest|retention)|step=[0-9]+:(?:grad=nan|kill|stall|raise|term))"
+    r"(?P<what>save:bytes=[0-9]+|save:before=(?:commit|latest|retention)|step=[0-9]+:(?:grad=nan|kill|stall|raise|term)"
+    r"|sample=[0-9]+:tokens=random)"
     r"(?::rank=(?P<rank>[0-9]+))?"
 )
 _checkpoint_bytes = 0  # counted only while a `save:bytes` fault is set
@@ -59,6 +68,16 @@ def before(point: str) -> None:
         _die()
 
 
+def before_forward(batch: Batch) -> Batch:
+    """Called with each micro-batch: the same, or one of random tokens that nobody can predict."""
+    for fault in _faults():
+        if fault.startswith("sample="):
+            place = int(fault.removeprefix("sample=").partition(":")[0]) - batch.first_sample
+            if 0 <= place < len(batch.tokens):
+                return _scrambled(batch)
+    return batch
+
+
 def before_backward(step: int, loss: Tensor) -> Tensor:
     """Called with each loss of step `step`: the same, or one whose gradients are NaN. (Of gradients themselves an
     engine may have made something else by the time of the update.)"""
@@ -76,6 +95,14 @@ def before_update(step: int) -> None:
         raise RuntimeError(f"raised on purpose at step {step}")
     if f"step={step}:term" in faults:
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _scrambled(batch: Batch) -> Batch:
+    generator = torch.Generator().manual_seed(batch.first_sample)
+    tokens, labels = (
+        torch.randint(int(batch.tokens.max()) + 1, batch.tokens.shape, generator=generator) for _ in range(2)
+    )
+    return replace(batch, tokens=tokens, labels=labels.where(batch.labels >= 0, batch.labels))
 
 
 def _faults() -> frozenset[str]:

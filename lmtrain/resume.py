@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from lmtrain import checkpoint
 from lmtrain.config import Config
 from lmtrain.run import RunFolder
+from lmtrain.spikes import Spikes
 
 
 def choose(
@@ -20,14 +23,31 @@ def choose(
     left.
     """
     newest, rejected = checkpoint.newest(run.checkpoints)
-    for path, reason in rejected:
-        run.event("damaged", path=path.name, reason=reason)
-        complain(f"checkpoint {path.name} is damaged and is not used: {reason}")
+    _tell(run, rejected, complain)
     if resume is not None:
         return _asked(run, resume.expanduser(), newest)
     if newest is None and rejected and not fresh:
         raise ValueError(f"no checkpoint of {run.path} can be used; to begin again from step 0 beside them: --fresh")
     return None if newest is None else str(newest), True
+
+
+def choose_before(run: RunFolder, step: int, complain: Callable[[str], None]) -> str | None:
+    """The newest checkpoint of the run that verifies, of those up to `step`, to roll back to; None if there is none.
+
+    Those beyond it are set aside.
+    """
+    chosen, rejected = checkpoint.newest(run.checkpoints, last=step)
+    _tell(run, rejected, complain)
+    if chosen is None:
+        return None
+    checkpoint.undo(chosen)
+    return str(chosen)
+
+
+def _tell(run: RunFolder, rejected: list[tuple[Path, str]], complain: Callable[[str], None]) -> None:
+    for path, reason in rejected:
+        run.event("damaged", path=path.name, reason=reason)
+        complain(f"checkpoint {path.name} is damaged and is not used: {reason}")
 
 
 def _asked(run: RunFolder, resume: Path, newest: Path | None) -> tuple[str, bool]:
@@ -49,12 +69,32 @@ def check_state(loaded: checkpoint.Checkpoint) -> None:
     """ValueError if the state of the checkpoint is not that of a training run."""
     state = loaded.state if isinstance(loaded.state, dict) else {}
     counts = (*_COUNTS, "rows", "micro_batch") if "streams" in state else _COUNTS
-    wrong = [key for key in counts if type(state.get(key)) is not int or not 0 <= state[key] < 2**63]
+    wrong = [key for key in counts if not _is_count(state.get(key))]
+    if not _is_count(state.get("rollbacks", 0)):
+        wrong.append("rollbacks")
+    unread = state.get("unread", [])
+    if not isinstance(unread, list) or not all(_is_range(pair) for pair in unread):
+        wrong.append("unread")
+    spikes = state.get("spikes", Spikes().state())
+    if not isinstance(spikes, dict) or not all(_are_numbers(spikes.get(key)) for key in Spikes().state()):
+        wrong.append("spikes")
     wrong += [key for key in ("fingerprint", "parent") if not isinstance(state.get(key, ...), str | None)]
     if wrong:
         raise ValueError(f"checkpoint {loaded.path}: its state lacks {', '.join(wrong)}, or has something else there")
     if state["step"] != loaded.step:
         raise ValueError(f"checkpoint {loaded.path}: its state is of step {state['step']}, not {loaded.step}")
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _is_range(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_count, value)) and value[0] <= value[1]
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(type(number) is float and math.isfinite(number) for number in value)
 
 
 def refuse_others(loaded: checkpoint.Checkpoint, config: Config, fingerprint: str, ranks: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,12 @@ from parallel.world import World
 
 @dataclass(frozen=True)
 class _Ended:
-    """A save that has ended: the checkpoint, if it is complete, and what went wrong in writing or in tidying up."""
+    """A save that has ended: the checkpoint, if it is complete, the seconds it took to write, and what went wrong in
+    writing or in tidying up."""
 
     step: int
     path: Path | None
+    seconds: float
     error: Exception | None = None
 
 
@@ -27,7 +30,7 @@ class Saver:
 
     background: write in a thread, from a copy of the tensors in CPU memory; then a later call says how it went.
     A disk that refuses costs a warning, not the run: the next checkpoint is tried at its time. saved_step: that of the
-    newest checkpoint known to be complete, -1 before.
+    newest checkpoint known to be complete, -1 before. seconds: that it took to write, 0 before.
     """
 
     def __init__(
@@ -36,6 +39,7 @@ class Saver:
         self.run, self.world = run, world
         self.keep, self.background, self.complain = keep, background, complain
         self.saved_step = -1
+        self.seconds = 0.0
         self._thread: threading.Thread | None = None
         self._ended: _Ended | None = None
 
@@ -68,7 +72,7 @@ class Saver:
         if ended is None:
             return
         if ended.path is not None:
-            self.saved_step = ended.step
+            self.saved_step, self.seconds = ended.step, ended.seconds
             self.run.event("save", step=ended.step, path=ended.path.name)
             self.run.set_status("running", step=ended.step, checkpoint=ended.path)
         if isinstance(ended.error, checkpoint.CheckpointError):
@@ -94,10 +98,10 @@ class Saver:
     def _write(
         self, step: int, tensors: checkpoint.Groups, state: Mapping[str, Any], made_from: Mapping[str, str]
     ) -> None:
-        path = None
+        path, began = None, time.perf_counter()
         try:
             path = checkpoint.save(self.run.checkpoints, step, tensors, state, world=self.world.size, **made_from)
             checkpoint.retain(self.run.checkpoints, self.keep)
-            self._ended = _Ended(step, path)
+            self._ended = _Ended(step, path, time.perf_counter() - began)
         except Exception as error:
-            self._ended = _Ended(step, path, error)
+            self._ended = _Ended(step, path, time.perf_counter() - began, error)

@@ -13,7 +13,7 @@ from data.corpus import CORPORA, DEFAULT_VALIDATION, Corpus, load_corpus
 from data.document import Split
 from data.loader import Batches, Loader
 from data.mixture import MIXTURE, Mixture, mix_datasets
-from data.order import StreamOrder, read_ranges
+from data.order import Ranges, StreamOrder, read_ranges
 from data.shards import TokenDataset, prepare
 from data.tasks import TASKS, TaskDataset, TaskLoader
 from data.tokenizer import Tokenizer
@@ -29,11 +29,13 @@ from parallel.engine import Engine, TorchEngine
 from parallel.world import ALONE, World, launched
 
 FREE_TO_CHANGE = (
-    "run.dir", "data.path", "data.streaming", "data.cache", "data.skip", "train.threads", "train.micro_batch", "log",
-    "eval", "checkpoint", "parallel",
+    "run.dir", "data.path", "data.streaming", "data.cache", "data.skip", "train.threads", "train.micro_batch",
+    "train.max_time", "train.max_skips", "train.max_rollbacks", "train.spikes", "train.spike_limit",
+    "log", "eval", "checkpoint", "parallel",
 )  # fmt: skip
 """Settings that a run may be resumed with at another value: what is learnt does not depend on them, but for rounding
-(that the data are the same is checked by their fingerprint); and data.skip, which is there to be changed."""
+(that the data are the same is checked by their fingerprint); and those that are there to be changed when a run is in
+trouble: data.skip, and what is done about spikes."""
 
 
 @dataclass(frozen=True)
@@ -183,12 +185,15 @@ def build_engine(config: Config, model: DecoderLM, device: torch.device, world: 
     )
 
 
-def make_loader(config: Config, dataset: TokenDataset | TaskDataset, world: World = ALONE) -> Batches:
-    """This rank's batches of `dataset` in the order that run.seed gives them."""
+def make_loader(
+    config: Config, dataset: TokenDataset | TaskDataset, world: World = ALONE, unread: Ranges = ()
+) -> Batches:
+    """This rank's batches of `dataset` in the order that run.seed gives them; unread: samples that are never read,
+    beside those of data.skip."""
     share: dict[str, Any] = {
         "batch_sequences": config.batch_sequences,
         "micro_batch": config.micro_batch(world.data_size),
-        "skip": read_ranges(config.data.skip),
+        "skip": tuple(sorted((*read_ranges(config.data.skip), *unread))),
         "rank": world.data_rank,
         "world": world.data_size,
     }

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+import time
 from collections.abc import Callable
 from contextlib import closing
 from functools import partial
@@ -20,17 +21,19 @@ import torch
 
 from attention.mixer import Context, parameter_count
 from data.loader import Batch
+from data.order import Ranges
 from data.shards import TokenDataset
 from data.tasks import TaskDataset
 from lmtrain import checkpoint, exhausted, fault, watch
 from lmtrain import config as configuration
 from lmtrain.board import Board
 from lmtrain.config import Config
+from lmtrain.deadline import Deadline, seconds_of
 from lmtrain.evaluation.evaluate import EvaluationStopped
 from lmtrain.evaluation.validation import Report, bits_per_byte, validate
 from lmtrain.hardware import peak_flops, peak_memory, pick_device
 from lmtrain.progress import Nowhere, Pace, Progress, Stopwatch, step_line
-from lmtrain.resume import check_state, choose, refuse_others
+from lmtrain.resume import check_state, choose, choose_before, refuse_others
 from lmtrain.run import RunDirectory, RunFolder, read_metrics
 from lmtrain.saving import Saver
 from lmtrain.schedule import learning_rate
@@ -45,6 +48,7 @@ from lmtrain.setup import (
     with_vocabulary,
 )
 from lmtrain.signals import StopRequest
+from lmtrain.spikes import Spikes, Verdict
 from lmtrain.streams import Streams
 from parallel.agree import AgreedError, by_first, first_before_others, together
 from parallel.engine import StepInfo
@@ -74,7 +78,9 @@ def train(
     all; ValueError is the user's.
     """
     watchdog = watchdog or Watchdog(ALONE, config.parallel.timeout)
-    with StopRequest(world) as stop, open_folder(config, world) as run:
+    limit = config.train.max_time
+    deadline = Deadline(None if limit is None else seconds_of(limit))
+    with StopRequest(world, deadline) as stop, open_folder(config, world) as run:
         if world.is_first or watchdog.world is world:
             watchdog.on_failure = run.fail
         try:
@@ -123,15 +129,19 @@ class Training:
         self.model = build_model(config, self.device)
         # Before the engine: it may put weights away, and then they have no sizes to be read.
         self.parameters = parameter_count(self.model)
+        stop.deadline.expect_save(12 * self.parameters)
         self.step_flops = 3 * self.model.cost(config.data.seq_len).flops * config.batch_sequences
         self.engine = build_engine(config, self.model, self.device, world)
+        self.unread: Ranges = ()  # samples that roll-backs left out
         self.loader = make_loader(config, self.data.train, world)
         micro_batch = config.micro_batch(world.data_size)
         self.streams = Streams(self.model, micro_batch, config.carry, world) if config.data.stream else None
         self.shard: SequenceShard | None = None
         if world.sequence > 1:
             self.shard = SequenceShard(world, even_lengths(config.data.seq_len, world.sequence))
-        self.step = self.samples = self.tokens = self.skipped = self.skips_in_a_row = 0
+        self.step = self.samples = self.tokens = self.skipped = self.skips_in_a_row = self.rollbacks = 0
+        self.spikes = Spikes()
+        self.is_spike = False
         background = config.checkpoint.asynchronous
         background = self.device.type == "cuda" if background is None else background
         self.saver = Saver(run, world, keep=config.checkpoint.keep, background=background, complain=self._complain)
@@ -159,29 +169,46 @@ class Training:
         if self.step >= self.config.train.steps and self.scored >= len(self.data.validation):
             return self._already_done()
         self._introduce(start)
-        wanted = self.config.log.tensorboard and self.world.is_first
-        self.board = Board(self.run.tensorboard, self._complain, wanted, purge_step=self.step + 1)
+        code = None
         try:
             with self.saver:
-                return self._train()
+                while code is None:
+                    wanted = self.config.log.tensorboard and self.world.is_first
+                    self.board = Board(self.run.tensorboard, self._complain, wanted, purge_step=self.step + 1)
+                    with closing(self.board):
+                        code = self._train()
         finally:
             self.run.event("end", step=self.step, peak_memory=peak_memory(self.device))
-            self.board.close()
+        return code
 
-    def _train(self) -> int:
+    def _train(self) -> int | None:
+        """From here to the end, and the exit code; or up to a roll-back, and None: then again from there."""
         try:
             self._evaluate(self.data.validation[self.scored :])
         except EvaluationStopped:
             return self._stopped()
+        self.scored = len(self.data.validation)
         with closing(self.loader.batches(self.samples)) as steps:
             while self.step < self.config.train.steps:
                 self.saver.report()
                 if self.stop.asked():
                     return self._stopped()
                 self.at(f"step {self.step + 1}, its batches")
+                began = time.perf_counter()
                 info = self._one_step(next(steps))
+                self.stop.deadline.took_step(time.perf_counter() - began)
                 if self.skips_in_a_row >= self.config.train.max_skips:
-                    return self._give_up(info)
+                    reason = (
+                        f"{self.skips_in_a_row} updates in a row were skipped (loss {info.loss}, gradient norm "
+                        f"{info.grad_norm})"
+                    )
+                    return None if self._roll_back(reason) else self._give_up(reason)
+                if self.is_spike and self.config.train.spikes == "rollback":
+                    reason = f"a spike (loss {info.loss}, gradient norm {info.grad_norm})"
+                    if self._roll_back(reason):
+                        return None
+                    if self.rollbacks >= self.config.train.max_rollbacks:
+                        return self._give_up(reason)
                 try:
                     self._after_step()
                 except EvaluationStopped:
@@ -194,6 +221,7 @@ class Training:
             if self.shard is not None:
                 batches = [batch.part(self.shard.tokens) for batch in batches]
                 self.shard.sent = 0
+            batches = [fault.before_forward(batch) for batch in batches]
             scored, crc = self._over_ranks(
                 sum(int((batch.labels >= 0).sum()) for batch in batches), sum(batch.crc for batch in batches)
             )
@@ -214,7 +242,7 @@ class Training:
                 self.engine.backward(fault.before_backward(self.step + 1, loss))
             self.at(f"step {self.step + 1}, the update")
             fault.before_update(self.step + 1)
-            info = self.engine.step(learning_rate(self.step, self.config.train.steps, self.config.optimizer))
+            info = self._update(learning_rate(self.step, self.config.train.steps, self.config.optimizer))
             mixers = watch.read(statistics or {})
         self.step += 1
         self.samples = self.loader.after(self.samples)
@@ -227,6 +255,34 @@ class Training:
             self.run.event("skip", step=self.step, loss=info.loss, grad_norm=info.grad_norm)
         self._log(info, crc % 2**32, mixers)
         return info
+
+    def _update(self, lr: float) -> StepInfo:
+        """The engine's step, and whether it was a spike; with the policy `skip` then it changes nothing."""
+        self.is_spike = False
+        if self.config.train.spikes == "skip":
+            return self.engine.step(lr, self._is_usual)
+        info = self.engine.step(lr)
+        if not info.skipped:
+            self._is_usual(info.loss, info.grad_norm)
+        return info
+
+    def _is_usual(self, loss: float, grad_norm: float) -> bool:
+        """Whether the step is no spike. All ranks ask this together, and get the same answer."""
+        verdict = self.spikes.judge(loss, grad_norm)
+        self.is_spike = bool(self.world.largest(verdict.beyond(self.config.train.spike_limit)))
+        if self.is_spike:
+            self._tell_spike(loss, grad_norm, verdict)
+        return not self.is_spike
+
+    def _tell_spike(self, loss: float, grad_norm: float, verdict: Verdict) -> None:
+        far = {"loss": verdict.loss, "grad_norm": verdict.grad_norm}
+        samples = [self.samples, self.loader.after(self.samples)]
+        numbers = {"step": self.step + 1, "loss": loss, "grad_norm": grad_norm, "deviations": far, "samples": samples}
+        self.run.event("spike", policy=self.config.train.spikes, **numbers)
+        self._complain(
+            f"spike at step {self.step + 1}: loss {loss:.4f} is {verdict.loss:.1f} deviations above what is usual, the "
+            f"gradient norm {grad_norm:.2f} {verdict.grad_norm:.1f}"
+        )
 
     def _over_ranks(self, *numbers: int) -> list[int]:
         """The sum of each number over the ranks."""
@@ -313,12 +369,16 @@ class Training:
 
     def _save(self) -> None:
         self.at(f"the checkpoint at step {self.step}")
+        began = time.perf_counter()
         state = {
             "step": self.step,
             "samples": self.samples,
             "tokens": self.tokens,
             "skipped": self.skipped,
             "skips_in_a_row": self.skips_in_a_row,
+            "rollbacks": self.rollbacks,
+            "unread": self.unread,
+            "spikes": self.spikes.state(),
             "seq_len": self.config.data.seq_len,
             "fingerprint": self.data.train.fingerprint,
             "tokenizer": self.data.tokenizer.to_json(),
@@ -330,6 +390,7 @@ class Training:
             state["rows"], state["micro_batch"] = self.config.batch_sequences, self.streams.micro_batch
         settings = configuration.fingerprint(self.config, FREE_TO_CHANGE)
         self.saver.save(self.step, tensors, state, config=settings, dataset=self.data.train.fingerprint)
+        self.stop.deadline.took_save(time.perf_counter() - began + self.saver.seconds)
 
     def _restore(self, resume: Path | None, fresh: bool) -> str:
         """Load the checkpoint to go on from, and say where that is; ValueError if the one asked for will not do."""
@@ -341,6 +402,7 @@ class Training:
         together(self.world, lambda: self._load(loaded))
         if own:
             self.saver.saved_step = self.step
+            self.run.event("resume", step=self.step, path=loaded.path.name)
             if self._is_evaluated():
                 self.scored = by_first(self.world, self._count_scored)
             return f"resumed at step {self.step} from {loaded.path.name}"
@@ -360,6 +422,10 @@ class Training:
             raise ValueError(f"checkpoint {loaded.path}: {error}") from None
         self.step, self.samples, self.tokens = state["step"], state["samples"], state["tokens"]
         self.skipped, self.skips_in_a_row = state["skipped"], state["skips_in_a_row"]
+        # Checkpoints of earlier versions know nothing of the rest.
+        self.rollbacks = state.get("rollbacks", 0)
+        self._leave_out(tuple((first, last) for first, last in state.get("unread", ())))
+        self.spikes.load(state.get("spikes", Spikes().state()))
         self.parent = state["parent"]
         cut = self.run.truncate_metrics(self.step)
         if cut:
@@ -368,6 +434,35 @@ class Training:
     def _count_scored(self) -> int:
         """The validation texts that have a row at this step: the first ones."""
         return sum(row.get("step") == self.step and "split" in row for row in read_metrics(self.run.path))
+
+    def _leave_out(self, unread: Ranges) -> None:
+        """Never read these samples."""
+        self.unread = unread
+        self.loader = make_loader(self.config, self.data.train, self.world, unread)
+
+    def _roll_back(self, reason: str) -> bool:
+        """Go back to the newest checkpoint before the trouble, never to read again what was read since; False if there
+        is none, or it was done too often. (The same samples would bring the same weights to the same place.)"""
+        if self.rollbacks >= self.config.train.max_rollbacks or self.config.data.stream:
+            return False
+        self.saver.settle()
+        step, samples, unread, rollbacks = self.step, self.samples, self.unread, self.rollbacks
+        good = step - max(self.skips_in_a_row, 1)
+        path = by_first(self.world, lambda: choose_before(self.run, good, self._complain))
+        if path is None:
+            return False
+        loaded = together(self.world, lambda: checkpoint.load(Path(path)))
+        together(self.world, lambda: self._load(loaded))
+        self.saver.saved_step = self.step
+        self.run.set_status("running", step=self.step, checkpoint=path)
+        self.rollbacks = rollbacks + 1
+        self._leave_out((*unread, (self.samples, samples)))
+        self.run.event("rollback", step=step, to=self.step, samples=[self.samples, samples], reason=reason)
+        self._complain(
+            f"step {step}: {reason}: back to step {self.step}, and on without the samples "
+            f"{self.samples} to {samples - 1} (roll-back {self.rollbacks} of {self.config.train.max_rollbacks})"
+        )
+        return True
 
     def _introduce(self, start: str) -> None:
         model, config = self.config.model, self.config
@@ -404,6 +499,7 @@ class Training:
         return DONE
 
     def _stopped(self) -> int:
+        self.run.event("stop", step=self.step, reason=self.stop.reason)
         if not self.saver.has_saved(self.step):
             self._save()
         if not self.saver.has_saved(self.step):
@@ -417,14 +513,10 @@ class Training:
         self.run.set_status("failed", step=self.step, reason="the last checkpoint could not be written")
         return 1
 
-    def _give_up(self, info: StepInfo) -> int:
+    def _give_up(self, reason: str) -> int:
         self.saver.settle()
-        reason = (
-            f"{self.skips_in_a_row} updates in a row were not finite (loss {info.loss}, gradient norm "
-            f"{info.grad_norm}) and were skipped; try a lower optimizer.lr or another run.seed"
-        )
+        reason = f"{reason} after {self.rollbacks} roll-backs; try a lower optimizer.lr or another run.seed"
         self.run.set_status("failed", step=self.step, reason=reason)
-        self.run.event("gave up", step=self.step, reason=reason)
         self.progress.note(f"gave up at step {self.step}: {reason}")
         return GAVE_UP
 

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from parallel.deepspeed_settings import deepspeed_settings
-from parallel.engine import LossScale, MicroBatches, Result, StepInfo
+from parallel.engine import Accept, LossScale, MicroBatches, Result, StepInfo
 from parallel.world import ALONE, LOOPBACK, World
 
 MOMENTS = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq"), torch.optim.SGD: ()}
@@ -95,8 +95,9 @@ class DeepSpeedEngine(MicroBatches):
         guard = torch.where(loss.detach().isfinite(), 1.0, float("nan"))
         self._engine.backward(loss * guard, scale_wrt_gas=False)
 
-    def step(self, lr: float) -> StepInfo:
+    def step(self, lr: float, accept: Accept | None = None) -> StepInfo:
         """Sum over the ranks, clip, update, clear; or skip the update if anything is not finite."""
+        assert accept is None, "the norm of the gradient is known only behind the update"
         numbers = torch.stack([self._loss_sum, self._auxiliary])
         self.world.sum_([numbers])
         loss, auxiliary = numbers.tolist()

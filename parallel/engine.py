@@ -19,14 +19,15 @@ from parallel.world import ALONE, World
 
 Result = TypeVar("Result")
 Loss = Callable[[Tensor, Tensor, Any, Any], tuple[Tensor, Tensor, dict[str, Tensor]]]
+Accept = Callable[[float, float], bool]
+"""(loss, gradient norm) of a step, both finite -> whether to make its update. All ranks ask, and answer alike."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
 class StepInfo:
     """What one step did: loss in nats per token over the global batch (without auxiliary losses), their sum, the
-    gradient norm before clipping, the learning rate, and whether the update was skipped as not finite. The same on all
-    ranks."""
+    gradient norm before clipping, the learning rate, and whether the update was skipped. The same on all ranks."""
 
     loss: float
     auxiliary: float
@@ -79,8 +80,11 @@ class Engine(Protocol):
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of what `forward_loss` returned to the step's."""
 
-    def step(self, lr: float) -> StepInfo:
-        """Update the weights by the gradients of all ranks, or skip the update on all of them; clear the gradients."""
+    def step(self, lr: float, accept: Accept | None = None) -> StepInfo:
+        """Update the weights by the gradients of all ranks, or skip the update on all of them; clear the gradients.
+
+        Skipped is what is not finite, or not accepted, by an engine that can ask before it updates (`TorchEngine`).
+        """
 
     def reading(self, work: Callable[[], Result]) -> Result:
         """What `work()` returns, which may call the model outside of training: to evaluate, to generate.
@@ -207,8 +211,8 @@ class TorchEngine(MicroBatches):
         """Add the gradients of `loss` to the step's."""
         (loss if self._scale.scale == 1.0 else loss * self._scale.scale).backward()
 
-    def step(self, lr: float) -> StepInfo:
-        """Sum over the ranks, clip, update, clear; or skip the update if anything is not finite."""
+    def step(self, lr: float, accept: Accept | None = None) -> StepInfo:
+        """Sum over the ranks, clip, update, clear; or skip the update if anything is not finite, or not accepted."""
         self._sum_over_ranks()
         grads = [p.grad for p in self._parameters if p.grad is not None]
         if self._scale.scale != 1.0:
@@ -216,18 +220,19 @@ class TorchEngine(MicroBatches):
         norm = nn.utils.get_total_norm(grads)
         loss, auxiliary, grad_norm = torch.stack([self._loss_sum, self._auxiliary, norm.double()]).tolist()
         finite = all(abs(number) < float("inf") for number in (loss, auxiliary, grad_norm))
-        if finite:
+        updates = finite and (accept is None or accept(loss, grad_norm))
+        if updates:
             if self.clip:
                 nn.utils.clip_grads_with_norm_(self._parameters, self.clip, norm)
             self.optimizer.step(lr)
         if self.dtype == torch.float16:
             self._scale.update(finite)
         self.optimizer.zero_grad()
-        if finite:
+        if updates:
             self.world.sum_(self._as_model.pending())
-        self._as_model.after_step(skipped=not finite)
+        self._as_model.after_step(skipped=not updates)
         self._reset()
-        return StepInfo(loss, auxiliary, grad_norm, lr, not finite)
+        return StepInfo(loss, auxiliary, grad_norm, lr, not updates)
 
     def _sum_over_ranks(self) -> None:
         """Losses and gradients of all ranks in the place of those of this one.

@@ -11,7 +11,6 @@ folder of checkpoints (`newest`, `retain`, `clean`, `check_space`) is in `lmtrai
 
 import errno
 import json
-import logging
 import os
 import re
 import shutil
@@ -26,10 +25,10 @@ from torch import Tensor
 
 from lmtrain import fault
 from lmtrain.checkpoint.manifest import STATE, FileEntry, Manifest, checked, read_manifest, verify, write_manifest
-from lmtrain.checkpoint.shelf import check_space, clean, newest, retain
+from lmtrain.checkpoint.shelf import check_space, clean, newest, point_latest, retain, undo
 from lmtrain.checkpoint.tensorfile import copied as _copied
 from lmtrain.checkpoint.tensorfile import file_bytes, read_tensors, write_tensors
-from lmtrain.files import HashingWriter, replace_bytes, sync_folder, token
+from lmtrain.files import HashingWriter, sync_folder, token
 
 __all__ = [
     "Checkpoint",
@@ -42,10 +41,10 @@ __all__ = [
     "newest",
     "retain",
     "save",
+    "undo",
     "verify",
 ]
 
-logger = logging.getLogger(__name__)
 Groups = Mapping[str, Mapping[str, Tensor]]
 _SUFFIX = ".safetensors"
 _GROUP = re.compile(r"[a-z0-9_]+")
@@ -124,7 +123,7 @@ def save(
     except OSError as error:
         raise CheckpointError(target, needed, error.strerror or str(error)) from error
     fault.before("latest")
-    _point_latest(target)
+    point_latest(target)
     return target
 
 
@@ -171,13 +170,6 @@ def _commit(temporary: Path, target: Path) -> None:
     fault.before("commit")
     os.rename(temporary, target)
     sync_folder(target.parent)
-
-
-def _point_latest(target: Path) -> None:
-    try:
-        replace_bytes(target.with_name("latest"), f"{target.name}\n".encode())
-    except OSError as error:  # only a hint: the checkpoint is there without it
-        logger.warning("%s does not point to %s: %s", target.with_name("latest"), target.name, error)
 
 
 def _versions() -> dict[str, str]:

@@ -3,10 +3,13 @@
 step-250                    a checkpoint; a rename gave it this name when it was complete
 step-500.tmp-1a2b3c4d       being written, or left by a crash
 step-250.damaged-1a2b3c4d   set aside by a save that reached the same step again
+step-250.undone-1a2b3c4d    set aside by a run that rolled back to an earlier one
 step-250.trash-1a2b3c4d     being removed, or left by a crash
+damaged                     a folder of those that `lmtrain checkpoint repair` moved out of the way
 latest                      the name of the newest one: a hint for people, never read
 """
 
+import logging
 import os
 import re
 import shutil
@@ -16,24 +19,30 @@ from pathlib import Path
 
 from lmtrain import fault
 from lmtrain.checkpoint.manifest import STEP_FOLDER, verify
-from lmtrain.files import sync_folder, token
+from lmtrain.files import replace_bytes, sync_folder, token
 
+logger = logging.getLogger(__name__)
 _LEFTOVER = re.compile(r"(?:step-[0-9]+|latest)\.(?:tmp|trash)-[0-9a-f]{8}")
-_ASIDE = re.compile(r"(step-[0-9]+)\.damaged-[0-9a-f]{8}")
+_REMNANT = re.compile(r"step-[0-9]+\.(?:tmp|trash|damaged|undone)-[0-9a-f]{8}")
+_ASIDE = re.compile(r"(step-[0-9]+)\.(damaged|undone)-[0-9a-f]{8}")
 
 
-def candidates(folder: Path) -> list[Path]:
-    """What has a checkpoint's name in `folder`, newest step first; nothing is verified."""
+def candidates(folder: Path, last: int | None = None) -> list[Path]:
+    """What has a checkpoint's name in `folder`, newest step first, up to step `last`; nothing is verified."""
     if not folder.is_dir():
         return []
     found = [path for path in folder.iterdir() if STEP_FOLDER.fullmatch(path.name)]
+    found = [path for path in found if last is None or _step(path) <= last]
     return sorted(found, key=_step, reverse=True)
 
 
-def newest(folder: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
-    """The newest checkpoint of which every byte verifies, and each newer one with its files and reasons."""
+def newest(folder: Path, last: int | None = None) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """The newest checkpoint of which every byte verifies, and each newer one with its files and reasons.
+
+    last: no checkpoint of a later step is looked at.
+    """
     folder = Path(folder)
-    found = candidates(folder)
+    found = candidates(folder, last)
     rejected: list[tuple[Path, str]] = []
     for path in found:
         problems = verify(path)
@@ -41,7 +50,7 @@ def newest(folder: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
             return path, rejected
         rejected.append((path, "; ".join(problems)))
     # a run at work may have saved one and removed another while we read
-    return newest(folder) if candidates(folder) != found else (None, rejected)
+    return newest(folder, last) if candidates(folder, last) != found else (None, rejected)
 
 
 def retain(folder: Path, keep: int, protected: Collection[Path] = ()) -> list[Path]:
@@ -67,6 +76,16 @@ def retain(folder: Path, keep: int, protected: Collection[Path] = ()) -> list[Pa
     return removed
 
 
+def undo(last: Path) -> list[Path]:
+    """Sets the checkpoints beyond the one at `last` aside, newest first, so that nobody resumes from them; returns
+    them."""
+    undone = [path for path in candidates(last.parent) if _step(path) > _step(last)]
+    for path in undone:
+        os.rename(path, path.with_name(f"{path.name}.undone-{token()}"))
+    sync_folder(last.parent)
+    return undone
+
+
 def remove(path: Path) -> None:
     """Removes a checkpoint; it takes another name first, under which half of one is no candidate."""
     trash = path.with_name(f"step-{_step(path)}.trash-{token()}")
@@ -88,10 +107,31 @@ def clean(folder: Path) -> list[Path]:
         if _LEFTOVER.fullmatch(path.name):
             _delete(path)
             leftovers.append(path)
-        elif aside and not (folder / aside[1]).exists() and not verify(path):
+        elif aside and aside[2] == "damaged" and not (folder / aside[1]).exists() and not verify(path):
             os.rename(path, folder / aside[1])
             sync_folder(folder)
     return leftovers
+
+
+def remnants(folder: Path) -> list[tuple[Path, str]]:
+    """What is no checkpoint any more, or not yet, newest step first, and why it is there."""
+    why = {
+        "tmp": "not finished: a save is at work, or crashed; then it goes at the next start",
+        "trash": "being removed, or left by a crash; then it goes at the next start",
+        "damaged": "set aside when its step was saved again",
+        "undone": "set aside by a roll-back to an earlier one",
+    }
+    found = [path for path in folder.iterdir() if _REMNANT.fullmatch(path.name)] if folder.is_dir() else []
+    kinds = {path: path.name.partition(".")[2].partition("-")[0] for path in sorted(found, key=_step, reverse=True)}
+    return [(path, why[kind]) for path, kind in kinds.items()]
+
+
+def point_latest(target: Path) -> None:
+    """Writes the name of the checkpoint at `target` into `latest`."""
+    try:
+        replace_bytes(target.with_name("latest"), f"{target.name}\n".encode())
+    except OSError as error:  # only a hint: the checkpoint is there without it
+        logger.warning("%s does not point to %s: %s", target.with_name("latest"), target.name, error)
 
 
 def check_space(folder: Path, checkpoint_bytes: int, keep: int) -> None:

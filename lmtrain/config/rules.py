@@ -17,6 +17,7 @@ from data.tokenizer import NAMES
 from lmtrain.config.mixture import ingredients
 from lmtrain.config.problems import Problem
 from lmtrain.config.schema import Config
+from lmtrain.deadline import seconds_of
 from parallel.deepspeed_settings import deepspeed_settings
 
 
@@ -209,6 +210,24 @@ def _skip_is_ranges(config: Config, ranks: int) -> str | None:
         read_ranges(config.data.skip)
     except ValueError as error:
         return str(error).removeprefix("data.skip: ")
+    return None
+
+
+@rule("train.max_time")
+def _limit_is_a_time(config: Config, ranks: int) -> str | None:
+    try:
+        seconds_of(config.train.max_time or "1s")
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+@rule("train.spikes", "parallel.engine", "data.stream")
+def _spikes_can_be_met(config: Config, ranks: int) -> str | None:
+    if config.train.spikes == "skip" and config.parallel.engine == "deepspeed":
+        return "deepspeed skips only updates that are not finite; use log or rollback"
+    if config.train.spikes == "rollback" and config.data.stream:
+        return "the rows of data.stream read on, they leave nothing out behind a roll-back: use log or skip"
     return None
 
 

@@ -130,7 +130,28 @@ class TrainConfig:
     activation_checkpointing: bool = setting(False, "compute each layer again in the backward pass, to save memory")
     compile: bool = setting(False, "compile the model with torch.compile")
     threads: int | None = setting(None, "CPU threads; null = torch's choice", at_least=1, at_most=4096)
-    max_skips: int = setting(10, "consecutive non-finite updates before training gives up", at_least=1)
+    max_time: str | None = setting(
+        None,
+        "seconds, or as `1h30m`: before it has trained for so long, the process saves and stops with exit code 75; the "
+        "same command goes on",
+    )
+    max_skips: int = setting(
+        10, "updates skipped in a row, as not finite or by `spikes`, before training rolls back", at_least=1
+    )
+    max_rollbacks: int = setting(
+        3,
+        "roll-backs to the last good checkpoint, never to read again what was read since; then it gives up",
+        at_least=0,
+    )
+    spikes: Literal["log", "skip", "rollback"] = setting(
+        "log", "a step far above what is usual is told, its update is skipped, or training rolls back"
+    )
+    spike_limit: float = setting(
+        6.0,
+        "what is far: standard deviations of the loss above the median of the last 128, by their median absolute "
+        "deviation; for the logarithm of the gradient norm twice as many",
+        above=0,
+    )
 
 
 @dataclass

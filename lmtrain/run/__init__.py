@@ -153,6 +153,8 @@ class RunDirectory(RunFolder):
         assert state in get_args(State), state
         name = f"checkpoints/{Path(checkpoint).name}" if checkpoint else self.status.checkpoint
         self.status = Status(state, step, name, reason)
+        if state != "running":
+            self.event("end", state=state, step=step, reason=reason)
         try:
             self._metrics.sync()
             self._events.sync()
