@@ -187,6 +187,7 @@ class Training:
             self._evaluate(self.data.validation[self.scored :])
         except EvaluationStopped:
             return self._stopped()
+        self.scored = len(self.data.validation)
         with closing(self.loader.batches(self.samples)) as steps:
             while self.step < self.config.train.steps:
                 self.saver.report()
@@ -430,6 +431,10 @@ class Training:
         if cut:
             self.run.event("cut rows", beyond=self.step, rows=cut)
 
+    def _count_scored(self) -> int:
+        """The validation texts that have a row at this step: the first ones."""
+        return sum(row.get("step") == self.step and "split" in row for row in read_metrics(self.run.path))
+
     def _leave_out(self, unread: Ranges) -> None:
         """Never read these samples."""
         self.unread = unread
@@ -448,7 +453,7 @@ class Training:
             return False
         loaded = together(self.world, lambda: checkpoint.load(Path(path)))
         together(self.world, lambda: self._load(loaded))
-        self.saver.saved_step, self.scored = self.step, len(self.data.validation)
+        self.saver.saved_step = self.step
         self.run.set_status("running", step=self.step, checkpoint=path)
         self.rollbacks = rollbacks + 1
         self._leave_out((*unread, (self.samples, samples)))
@@ -458,10 +463,6 @@ class Training:
             f"{self.samples} to {samples - 1} (roll-back {self.rollbacks} of {self.config.train.max_rollbacks})"
         )
         return True
-
-    def _count_scored(self) -> int:
-        """The validation texts that have a row at this step: the first ones."""
-        return sum(row.get("step") == self.step and "split" in row for row in read_metrics(self.run.path))
 
     def _introduce(self, start: str) -> None:
         model, config = self.config.model, self.config

@@ -54,13 +54,19 @@ FAULTS = {
         "All ranks save one checkpoint at the current step and exit with 75; the same command goes on. A second signal "
         "ends the run at once, with its newest checkpoint intact.",
     ),
-    8: Fault("the time limit of a job", "The last checkpoint is complete before the limit."),
+    8: Fault(
+        "the time limit of a job", "The last checkpoint is complete before `train.max_time`, and the run exits with 75."
+    ),
     9: Fault(
         "a loss or gradient is not finite: once, on one rank only, several times in a row",
         "The whole update is skipped on all ranks, and weights and moments keep every bit; it is counted. After "
-        "`train.max_skips` in a row the run does not pretend to train: it ends with exit code 4 and the reason.",
+        "`train.max_skips` in a row the run goes back to the last good checkpoint and leaves those samples out; after "
+        "`train.max_rollbacks` of that it ends with exit code 4 and the reason.",
     ),
-    10: Fault("batches of garbage: the loss jumps", "A jump is told from noise, and dealt with as configured."),
+    10: Fault(
+        "batches of garbage: the loss jumps",
+        "A jump is told from noise, and `train.spikes` says what then: tell, skip or roll back.",
+    ),
     11: Fault(
         "a rank raises, is killed, stands still, or never starts",
         "The job ends on all ranks within `parallel.timeout`, not with 0; `status.json` names rank, step and reason.",

@@ -12,8 +12,6 @@ from lmtrain.train import DONE, STOPPED, train
 from tests.lmtrain import tiny
 from tests.lmtrain.test_rank_faults import run as run_ranks
 
-pytestmark = pytest.mark.fault(8)
-
 
 @pytest.mark.parametrize(
     ("text", "seconds"),
@@ -87,6 +85,7 @@ def assert_stopped(run: Path) -> int:
     return last
 
 
+@pytest.mark.fault(8)
 def test_a_run_stops_in_time_and_goes_on(tmp_path: Path) -> None:
     words = ["train.steps=100000", "eval.every=0", "checkpoint.every=100000"]
     began = time.monotonic()
@@ -98,12 +97,14 @@ def test_a_run_stops_in_time_and_goes_on(tmp_path: Path) -> None:
     assert assert_stopped(tmp_path / "run") > first
 
 
+@pytest.mark.fault(8)
 def test_a_limit_that_leaves_no_time_stops_before_the_first_step(tmp_path: Path) -> None:
     assert train(tiny.config(tmp_path, "train.max_time=1")) == STOPPED
     assert assert_stopped(tmp_path / "run") == 0
     assert train(tiny.config(tmp_path)) == DONE
 
 
+@pytest.mark.fault(8)
 def test_an_evaluation_that_would_take_too_long_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import lmtrain.train as module
 
@@ -120,12 +121,14 @@ def test_an_evaluation_that_would_take_too_long_is_left(tmp_path: Path, monkeypa
     assert assert_stopped(tmp_path / "run") == 4
 
 
+@pytest.mark.fault(8)
 def test_all_ranks_stop_at_the_same_step(tmp_path: Path) -> None:
     words = ["train.steps=100000", "eval.every=0", "train.max_time=4"]
     assert run_ranks(tmp_path, *words) == [STOPPED, STOPPED]
     assert_stopped(tmp_path / "run")
 
 
+@pytest.mark.fault(8)
 def test_the_command_exits_with_75(tmp_path: Path) -> None:
     command = tiny.command(tmp_path, "train.steps=100000", "eval.every=0", "train.max_time=3")
     text, _ = command.communicate(timeout=120)

@@ -15,6 +15,7 @@ from lmtrain.resume import check_state
 from lmtrain.run import read_metrics, read_status
 from lmtrain.run.lock import Holder
 from lmtrain.run.rows import RowFile
+from lmtrain.spikes import Spikes
 from tests.mutations import VALUES, fuzz, mutated, refusal
 
 MANIFEST = {
@@ -102,7 +103,8 @@ def test_any_lines_in_place_of_rows(lines: list[bytes], folder: Path) -> None:
 
 STATE = {
     "step": 5, "samples": 20, "tokens": 640, "skipped": 0, "skips_in_a_row": 0, "seq_len": 32, "fingerprint": "f" * 64,
-    "tokenizer": {"name": "bytes"}, "parent": None,
+    "tokenizer": {"name": "bytes"}, "parent": None, "rollbacks": 1, "unread": [[3, 5]],
+    "spikes": {"loss": [1.0, 2.5], "grad_norm": [0.5]},
 }  # fmt: skip
 
 
@@ -113,10 +115,12 @@ def test_any_state_with_a_right_hash(state: Any, folder: Path) -> None:
     loaded = checkpoint.Checkpoint(folder, 5, {}, state, manifest)
     said = refusal(lambda: check_state(loaded))
     if said is None:
-        counts = [state[key] for key, value in STATE.items() if type(value) is int]
+        counts = [state[key] for key, value in STATE.items() if type(value) is int and key != "rollbacks"]
         assert {type(count) for count in counts} == {int}
         assert min(counts) >= 0
         assert {type(state["fingerprint"]), type(state["parent"])} <= {str, type(None)}
         assert state["step"] == 5
+        Spikes().load(state.get("spikes", Spikes().state()))
+        assert all(first <= last for first, last in state.get("unread", ()))
     else:
         assert str(folder) in said

@@ -17,8 +17,6 @@ from lmtrain.train import DONE, GAVE_UP, train
 from tests.lmtrain import tiny
 from tests.lmtrain.test_ranks import run as run_ranked
 
-pytestmark = pytest.mark.fault(10)
-
 STEPS = 44
 BAD = 40  # the step that reads sample 4 * 39, of four a step
 SPIKE = f"sample={4 * (BAD - 1)}:tokens=random"
@@ -122,10 +120,12 @@ def usual(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return trained(tmp_path_factory.mktemp("usual"))
 
 
+@pytest.mark.fault(10)
 def test_usual_steps_are_no_spikes(usual: Path) -> None:
     assert events(usual, "spike") == []
 
 
+@pytest.mark.fault(10)
 def test_log_tells_and_goes_on(usual: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = trained(tmp_path, fault=SPIKE)
     assert f"spike at step {BAD}" in capsys.readouterr().err
@@ -141,6 +141,7 @@ def test_a_higher_limit_is_not_reached(tmp_path: Path) -> None:
     assert events(trained(tmp_path, "train.spike_limit=1e9", fault=SPIKE), "spike") == []
 
 
+@pytest.mark.fault(10)
 def test_skip_changes_no_weight_and_no_moment(tmp_path: Path) -> None:
     run = trained(tmp_path, "train.spikes=skip", "checkpoint.every=1", "checkpoint.keep=50", fault=SPIKE)
     before, after = (checkpoint.load(run / f"checkpoints/step-{step}").tensors for step in (BAD - 1, BAD))
@@ -151,6 +152,7 @@ def test_skip_changes_no_weight_and_no_moment(tmp_path: Path) -> None:
     assert steps(run)[STEPS]["skipped"] == 1
 
 
+@pytest.mark.fault(10)
 def test_rollback_never_reads_the_samples_again(usual: Path, tmp_path: Path) -> None:
     run = trained(tmp_path, "train.spikes=rollback", fault=SPIKE)
     (event,) = events(run, "rollback")
@@ -171,6 +173,7 @@ def test_rollback_never_reads_the_samples_again(usual: Path, tmp_path: Path) -> 
     assert (state["samples"], state["unread"], state["rollbacks"]) == (4 * (STEPS + 4), [left_out], 1)
 
 
+@pytest.mark.fault(10)
 @pytest.mark.parametrize("kill", [38, 43])
 def test_a_kill_before_or_behind_a_rollback_changes_nothing(tmp_path: Path, kill: int) -> None:
     words = [*LONG, "train.spikes=rollback", "checkpoint.every=6"]
@@ -184,6 +187,7 @@ def test_a_kill_before_or_behind_a_rollback_changes_nothing(tmp_path: Path, kill
     assert [row["batch"] for row in rows.values()] == [row["batch"] for row in expected.values()]
 
 
+@pytest.mark.fault(9)
 def test_checkpoints_of_the_trouble_step_aside(tmp_path: Path) -> None:
     words = ["train.max_skips=2", "checkpoint.every=1", "train.steps=12", "train.max_rollbacks=1"]
     run = trained(tmp_path, *words, fault="step=8:grad=nan,step=9:grad=nan", code=GAVE_UP)
@@ -197,6 +201,7 @@ def test_checkpoints_of_the_trouble_step_aside(tmp_path: Path) -> None:
     assert train(tiny.config(tmp_path, *LONG, *words)) == DONE, "without the fault it goes on"
 
 
+@pytest.mark.fault(10)
 def test_spikes_without_end_end_the_run(tmp_path: Path) -> None:
     faults = ",".join(f"sample={sample}:tokens=random" for sample in range(4 * (BAD - 1), 4 * (BAD + 40), 4))
     words = ["train.spikes=rollback", "train.max_rollbacks=2"]
@@ -205,12 +210,14 @@ def test_spikes_without_end_end_the_run(tmp_path: Path) -> None:
     assert read_status(run).state == "failed"  # type: ignore[union-attr]
 
 
+@pytest.mark.fault(10)
 def test_a_spike_before_the_first_checkpoint_is_only_told(tmp_path: Path) -> None:
     run = trained(tmp_path, "train.spikes=rollback", "checkpoint.every=100", fault=SPIKE)
     assert len(events(run, "spike")) == 1
     assert events(run, "rollback") == []
 
 
+@pytest.mark.fault(10)
 @pytest.mark.parametrize("policy", ["skip", "rollback"])
 def test_two_ranks_do_as_one(tmp_path: Path, policy: str) -> None:
     tiny.write(tmp_path)
@@ -226,6 +233,7 @@ def test_two_ranks_do_as_one(tmp_path: Path, policy: str) -> None:
     assert kinds[0] == kinds[1] == [1, policy == "skip", policy == "rollback"]
 
 
+@pytest.mark.fault(10)
 def test_nothing_of_it_depends_on_a_resume(tmp_path: Path, usual: Path) -> None:
     killed = tiny.command(tmp_path, *LONG, fault="step=39:kill")
     assert killed.wait(120) == -signal.SIGKILL

@@ -59,6 +59,7 @@ def test_a_repair_of_nothing_changes_nothing(folder: Path) -> None:
     assert sorted(folder.rglob("*")) == before
 
 
+@pytest.mark.fault(3)
 def test_a_repair_moves_the_damaged_and_deletes_nothing(folder: Path) -> None:
     flip(folder / "step-4/model.safetensors")
     (folder / "step-2/manifest.json").unlink()
@@ -74,6 +75,7 @@ def test_a_repair_moves_the_damaged_and_deletes_nothing(folder: Path) -> None:
     assert repair(folder).moved == []
 
 
+@pytest.mark.fault(4)
 def test_intact_ones_get_their_own_name_back(folder: Path) -> None:
     (folder / "step-4").rename(folder / "step-70")
     (folder / "step-3").rename(folder / "step-3.damaged-0123abcd")
