@@ -178,7 +178,7 @@ class Training:
                     with closing(self.board):
                         code = self._train()
         finally:
-            self.run.event("end", step=self.step, peak_memory=peak_memory(self.device))
+            self.run.event("memory", step=self.step, peak_memory=peak_memory(self.device))
         return code
 
     def _train(self) -> int | None:

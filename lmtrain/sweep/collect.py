@@ -66,9 +66,9 @@ def collect(run: Run, spec: Spec, folder: Path, evaluation: dict[str, Any], comm
 def pace_and_memory(folder: Path, begun: int) -> tuple[float, int]:
     """Tokens per second of the training steps in `folder` after the first `begun` tokens, and the most bytes held.
 
-    Each row of metrics has the pace of the tokens since the row before; each end of training is an event.
+    Each row of metrics has the pace of the tokens since the row before; an event at its end has the memory.
     """
     steps = [{"tokens": begun}, *(row for row in read_metrics(folder) if row.get("tokens_per_second"))]
     seconds = sum((row["tokens"] - before["tokens"]) / row["tokens_per_second"] for before, row in pairwise(steps))
-    ends = [event["peak_memory"] for event in read_rows(folder / "events.jsonl") if event.get("event") == "end"]
-    return (steps[-1]["tokens"] - begun) / seconds if seconds else 0.0, max(ends, default=0)
+    peaks = [event["peak_memory"] for event in read_rows(folder / "events.jsonl") if "peak_memory" in event]
+    return (steps[-1]["tokens"] - begun) / seconds if seconds else 0.0, max(peaks, default=0)

@@ -40,7 +40,7 @@ def main(plans: Path, verb: str, *words: str) -> None:
     (folder / "environment.json").write_text("{}")
     row = {"step": steps, "tokens": steps * 128, "tokens_per_second": 64.0}
     (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
-    (folder / "events.jsonl").write_text('{"event": "end", "peak_memory": 1000}\n')
+    (folder / "events.jsonl").write_text('{"event": "memory", "peak_memory": 1000}\n')
     (folder / "checkpoints" / f"step-{steps}").mkdir(parents=True)
     (folder / "status.json").write_text(json.dumps(status | {"state": "done", "step": steps}))
 
