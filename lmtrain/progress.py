@@ -7,6 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TextIO
@@ -20,7 +21,10 @@ class Nowhere(io.TextIOBase):
 
 
 class Progress:
-    """Writes to `stream`; `keep` is called with every line that is not merely live."""
+    """Writes to `stream`; `keep` is called with every line that is not merely live.
+
+    What the stream does not take, say a file on a full disk, is lost: no run ends for it.
+    """
 
     def __init__(self, stream: TextIO | Nowhere | None = None, keep: Callable[[str], None] = lambda line: None) -> None:
         self.stream: Any = sys.stderr if stream is None else stream
@@ -30,25 +34,25 @@ class Progress:
 
     def note(self, line: str) -> None:
         """A line that stays."""
-        self._clear()
-        print(line, file=self.stream, flush=True)
+        cleared = "\r" + " " * self._shown + "\r" if self._shown else ""
+        self._shown = 0
+        self._say(f"{cleared}{line}\n")
         self.keep(line)
 
     def update(self, line: str, logged: bool) -> None:
         """The state of the run; `logged` lines are kept, the others only pass by on a terminal."""
         if self.live:
-            self.stream.write("\r" + line.ljust(self._shown))
-            self.stream.flush()
+            self._say("\r" + line.ljust(self._shown))
             self._shown = len(line)
         elif logged:
-            print(line, file=self.stream, flush=True)
+            self._say(f"{line}\n")
         if logged:
             self.keep(line)
 
-    def _clear(self) -> None:
-        if self._shown:
-            self.stream.write("\r" + " " * self._shown + "\r")
-            self._shown = 0
+    def _say(self, text: str) -> None:
+        with suppress(OSError):
+            self.stream.write(text)
+            self.stream.flush()
 
 
 class Stopwatch:

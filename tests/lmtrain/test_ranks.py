@@ -67,7 +67,9 @@ def assert_alike(one: Path, other: Path, first: int = 0, exact: bool = False, mu
         for key, tensor in members.items():
             found = loaded.tensors[group][key]
             torch.testing.assert_close(found, tensor, msg=f"{group} {key}", atol=20 * tolerance, rtol=0.0)
-    assert {**loaded.state, "parent": None} == {**wanted.state, "parent": None}
+    assert {**loaded.state, "parent": None, "spikes": None} == {**wanted.state, "parent": None, "spikes": None}
+    for key, numbers in wanted.state["spikes"].items():
+        assert loaded.state["spikes"][key] == pytest.approx(numbers, rel=1e-5 if tolerance else 0, abs=0)
 
 
 @pytest.fixture(scope="module")

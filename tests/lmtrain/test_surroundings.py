@@ -87,6 +87,14 @@ def test_a_log_that_the_disk_refuses(undisturbed: Path, tmp_path: Path) -> None:
     assert_same(tmp_path / "run", undisturbed)
 
 
+@pytest.mark.fault(12)
+def test_progress_that_goes_into_a_file_on_a_full_disk(undisturbed: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "lmtrain", "train", str(tiny.write(tmp_path)), *tiny.settings(tmp_path)]
+    with open("/dev/full", "w") as full:
+        assert subprocess.run(command, stderr=full, timeout=120).returncode == DONE
+    assert_same(tmp_path / "run", undisturbed)
+
+
 @pytest.mark.fault(18)
 def test_a_clock_that_runs_backwards(undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By an hour whenever somebody looks; the run is stopped and goes on earlier than it began."""
