@@ -153,6 +153,9 @@ def test_curves_of_a_killed_and_resumed_run(tmp_path: Path) -> None:
 
     killed = tiny.command(tmp_path, "log.tensorboard=true", fault="step=7:kill")
     assert killed.wait(120) == -signal.SIGKILL
+    (events,) = (tmp_path / "run/tensorboard").iterdir()
+    while int(time.time()) <= int(events.name.split(".")[3]):  # TensorBoard goes by the second in the names of files
+        time.sleep(0.05)
     assert train(tiny.config(tmp_path, "log.tensorboard=true")) == DONE
     told = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
     for tag, wanted in {"train/loss": range(1, 13), "eval/text/loss": (4, 8, 12)}.items():
