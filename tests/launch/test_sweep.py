@@ -259,6 +259,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 240) -> None:
 
 
 @pytest.mark.fault(20)
+@pytest.mark.slow
 def test_a_driver_that_is_killed_or_stopped_costs_no_step_twice(tmp_path: Path) -> None:
     """Its worker saves and ends, and the next driver goes on from there; the third one finishes."""
     steps = 120

@@ -174,6 +174,7 @@ def test_rollback_never_reads_the_samples_again(usual: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.fault(10)
+@pytest.mark.slow
 @pytest.mark.parametrize("kill", [38, 43])
 def test_a_kill_before_or_behind_a_rollback_changes_nothing(tmp_path: Path, kill: int) -> None:
     words = [*LONG, "train.spikes=rollback", "checkpoint.every=6"]
