@@ -50,4 +50,4 @@ def test_the_newest_of_a_run_and_nothing_overwritten(run: Path, capsys: pytest.C
 @pytest.mark.parametrize("words", [["verify", "--out", "x"], ["verify", "--safetensors"]])
 def test_verify_takes_no_words_of_export(words: list[str], run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["checkpoint", *words, str(run)]) == 2
-    assert "verify writes nothing" in capsys.readouterr().err
+    assert "say how to export, not to verify" in capsys.readouterr().err
