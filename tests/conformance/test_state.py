@@ -48,7 +48,7 @@ def test_decoding_far_beyond_what_lives(subject: Subject) -> None:
     tokens = Tokens.random(2, 200, subject.case.dim)
     y, _ = decode(mixer, tokens, [1] * 120 + [7] * 5 + [45])
     with torch.no_grad():
-        assert largest_difference(y, tokens.run(mixer)) < 1e-12
+        assert largest_difference(y, tokens.run(mixer)) < 1e-12 * y.abs().max()  # rounding goes with the size
 
 
 def test_training_goes_on_from_a_state(subject: Subject) -> None:

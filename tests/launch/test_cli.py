@@ -42,12 +42,12 @@ def test_a_command_that_makes_no_sense_exits_with_2(argv: list[str], capsys: pyt
         *("launch", "sweep", "report"),
     ],
 )
-def test_every_verb_shows_two_examples(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_verb_shows_examples(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main([verb, "--help"])
     assert stopped.value.code == 0
     examples = capsys.readouterr().out.split("examples:")[1]
-    assert examples.count(f"lmtrain {verb}") == 2
+    assert examples.count(f"lmtrain {verb}") >= 2
 
 
 def test_all_mistakes_at_once_and_nothing_is_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
