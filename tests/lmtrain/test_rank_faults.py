@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 import data.loader
+import lmtrain.evaluation.validation
 import lmtrain.train
 from lmtrain.run import read_metrics, read_status
 from lmtrain.start import USER_ERROR, start
@@ -135,13 +136,13 @@ def test_a_main_thread_that_hangs(tmp_path: Path) -> None:
 
 
 def interrupted() -> None:
-    real = lmtrain.train.evaluate
+    real = lmtrain.evaluation.validation.evaluate
 
     def evaluate(*words: Any, **names: Any) -> Any:
         os.kill(os.getpid(), signal.SIGINT)
         return real(*words, **names)
 
-    lmtrain.train.evaluate = evaluate
+    lmtrain.evaluation.validation.evaluate = evaluate
 
 
 @pytest.mark.fault(7)
