@@ -22,6 +22,11 @@ def default_cache() -> Path:
     return Path(os.environ.get("LMTRAIN_CACHE") or "~/.cache/lmtrain").expanduser()
 
 
+def cache_folder(chosen: str | Path | None) -> Path:
+    """The folder that was chosen; None: `default_cache()`."""
+    return default_cache() if chosen is None else Path(chosen).expanduser()
+
+
 def open_or_make(folder: Path, open_folder: Callable[[Path], Opened], make: Callable[[Path], None]) -> Opened:
     """What `open_folder` opens; where it raises ValueError, the folder is made first (`make_once`).
 

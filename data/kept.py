@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from data.cache import default_cache, open_or_make
+from data.cache import cache_folder, open_or_make
 from data.disk import sha256_json, sync_file
 from data.document import Document, WordCounter
 
@@ -62,9 +62,8 @@ def keep(name: str, source: list[Any], read: Callable[[], Texts], cache: str | P
     name: of the text, for people; source: JSON that changes when the text does; cache: None means `default_cache()`.
     ValueError from `read`, or if the cache cannot be written.
     """
-    folder = default_cache() if cache is None else Path(cache).expanduser()
     key = sha256_json([VERSION, name, source])[:16]
-    folder = folder / "texts" / f"{name}-{key}"
+    folder = cache_folder(cache) / "texts" / f"{name}-{key}"
     try:
         return open_or_make(folder, lambda there: _open(there, key), lambda new: _write(new, read()))
     except OSError as error:

@@ -10,7 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from data.cache import default_cache, locked, open_or_make
+from data.cache import cache_folder, default_cache, locked, open_or_make
 from data.corpus import Corpus
 from data.dataset import VERSION, TokenDataset, open_dataset, write_dataset
 from data.disk import sha256_json
@@ -57,10 +57,9 @@ def dataset_folder(corpus: Corpus, split: str, tokenizer: Tokenizer, cache_dir: 
 
     The split rule is in the byte ranges of the documents.
     """
-    cache = default_cache() if cache_dir is None else Path(cache_dir).expanduser()
     sources = [document.identity() for document in corpus.split(split).documents]
     key = sha256_json([VERSION, corpus.name, split, tokenizer_hash(tokenizer), sources])[:16]
-    return cache / f"{corpus.name}-{split}-{tokenizer.name}-{key}"
+    return cache_folder(cache_dir) / f"{corpus.name}-{split}-{tokenizer.name}-{key}"
 
 
 @contextmanager

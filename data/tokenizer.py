@@ -1,13 +1,12 @@
 """Tokenizers: text as bytes in, token ids out. Bytes; characters of the training text; byte pairs; numbers."""
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
+from data.disk import sha256_json
 from data.document import Split
 
 
@@ -182,7 +181,7 @@ def from_json(fields: dict[str, Any]) -> Tokenizer:
 
 def tokenizer_hash(tokenizer: Tokenizer) -> str:
     """sha256 of the tokenizer's canonical JSON."""
-    return hashlib.sha256(json.dumps(tokenizer.to_json(), sort_keys=True).encode()).hexdigest()
+    return sha256_json(tokenizer.to_json())
 
 
 def pieces(text: Text, last_cut: Callable[[bytes], int]) -> Iterator[bytes]:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from data import bpe
-from data.cache import default_cache, open_or_make
+from data.cache import cache_folder, open_or_make
 from data.corpus import Corpus
 from data.disk import sha256_file, sha256_json, sync_file, sync_folder
 from data.tokenizer import Tokenizer, build_tokenizer
@@ -24,7 +24,7 @@ def corpus_tokenizer(
         return build_tokenizer(name, corpus.split("train") if name == "characters" else None)
     text = corpus.split("train")
     key = sha256_json([bpe.SAMPLE_BYTES, vocab_size, [document.identity() for document in text.documents]])[:16]
-    cache = default_cache() if cache_dir is None else Path(cache_dir).expanduser()
+    cache = cache_folder(cache_dir)
     try:
         return open_or_make(
             cache / f"{corpus.name}-bpe{vocab_size}-{key}",

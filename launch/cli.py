@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
-import json
 import os
 import sys
 import traceback
@@ -33,6 +32,7 @@ from launch.arguments import (
     positive,
 )
 from launch.report_cli import add_report, report
+from launch.show import show
 from launch.sweep_cli import add_sweep
 from lmtrain import __version__
 
@@ -235,7 +235,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("lmtrain prepare: stopped; what is finished is kept, and the same command goes on", file=sys.stderr)
         return STOPPED
-    _show(arguments, prepared.to_json, prepared.format)
+    show(arguments, prepared.to_json, prepared.format)
     return 0
 
 
@@ -252,7 +252,7 @@ def _eval(arguments: argparse.Namespace) -> int:
     names = ("on", "path", "context", "stride", "carry", "prefixes", "by_document", "by_context", "plot")
     asked = Asked(**{name: getattr(arguments, name) for name in names})
     result = evaluate_run(restored, asked)
-    _show(arguments, lambda: result.row, lambda: format_result(result.evaluation, asked.by_document))
+    show(arguments, lambda: result.row, lambda: format_result(result.evaluation, asked.by_document))
     print(f"kept in {result.kept}", file=sys.stderr)
     return 0
 
@@ -274,7 +274,7 @@ def _eval_task(arguments: argparse.Namespace, restored: Restored, task: TaskData
     kept = write_result(restored.run, result.name, row)
     if arguments.plot:
         draw_recall(result, arguments.plot)
-    _show(arguments, lambda: row, lambda: format_recall(result))
+    show(arguments, lambda: row, lambda: format_recall(result))
     print(f"kept in {kept}", file=sys.stderr)
     return 0
 
@@ -292,7 +292,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     names = ("on", "path", "context", "stride", "carry")
     asked = Asked(**{name: getattr(arguments, name) for name in names})
     comparison = compare_runs(arguments.a, arguments.b, asked)
-    _show(arguments, comparison.to_json, comparison.format)
+    show(arguments, comparison.to_json, comparison.format)
     return 0
 
 
@@ -328,7 +328,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     memory = None if arguments.memory is None else bytes_of(arguments.memory)
     asked = Asked(arguments.world, arguments.sequence or 1, arguments.zero, memory)
     inspection = inspect(read(arguments.config, arguments.overrides), None if asked == Asked() else asked)
-    _show(arguments, inspection.to_json, inspection.format)
+    show(arguments, inspection.to_json, inspection.format)
     return 0
 
 
@@ -345,7 +345,7 @@ def _audit(arguments: argparse.Namespace) -> int:
     if arguments.floor:
         small, changes = trial_of(config, arguments.steps or STEPS)
         report = replace(report, floor=trial(small, changes=changes, watch=Waiting()))
-    _show(arguments, report.to_json, report.format)
+    show(arguments, report.to_json, report.format)
     return NO if report.leaks else 0
 
 
@@ -353,7 +353,7 @@ def _list(arguments: argparse.Namespace) -> int:
     from lmtrain.inspect import list_mixers
 
     listing = list_mixers(arguments.length)
-    _show(arguments, listing.to_json, listing.format)
+    show(arguments, listing.to_json, listing.format)
     return 0
 
 
@@ -368,7 +368,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     names = ("mixers", "lengths", "repeats", "seconds", "device", "out", "tune")
     order = read_order(config, overrides, **{name: getattr(arguments, name) for name in names})
     report = (tune if arguments.tune else bench)(order, lambda line: print(line, file=sys.stderr))
-    _show(arguments, report.to_json, report.format)
+    show(arguments, report.to_json, report.format)
     return 0
 
 
@@ -405,7 +405,7 @@ def _list_checkpoints(arguments: argparse.Namespace) -> int:
 
     entries = inventory(_checkpoints_of(arguments.path), reload(arguments.path).checkpoint.keep)
     rows = {"run": str(arguments.path), "checkpoints": [entry.row for entry in entries]}
-    _show(arguments, lambda: rows, lambda: format_inventory(entries))
+    show(arguments, lambda: rows, lambda: format_inventory(entries))
     return 0 if any(not entry.problems for entry in entries) else NO
 
 
@@ -439,7 +439,3 @@ def _launch(arguments: argparse.Namespace) -> int:
     path = write_script(job, arguments.config, arguments.overrides, arguments.out)
     print(submit(path) if arguments.submit else f"{path}: {job.world} processes; submit it with sbatch {path}")
     return 0
-
-
-def _show(arguments: argparse.Namespace, to_json: Callable[[], Any], to_text: Callable[[], str]) -> None:
-    print(json.dumps(to_json(), indent=1, allow_nan=False) if arguments.json else to_text())

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
+
+from launch.show import show
 
 
 def add_report(sub: argparse.ArgumentParser) -> None:
@@ -56,6 +57,6 @@ def _fit(arguments: argparse.Namespace) -> int:
     from lmtrain.sweep.fit import fit_sweep
 
     fits = fit_sweep(read_sweep(arguments.folder))
-    print(json.dumps(fits.to_json(), indent=1, allow_nan=False) if arguments.json else fits.format())
+    show(arguments, fits.to_json, fits.format)
     print(f"kept in {fits.write(arguments.folder)}", file=sys.stderr)
     return 0

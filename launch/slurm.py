@@ -37,6 +37,18 @@ class Job:
         """Processes in all."""
         return self.nodes * self.processes
 
+    @property
+    def problems(self) -> list[str]:
+        """What Slurm would not understand of it."""
+        found = [
+            f"--option {word!r}: an option of sbatch, as --partition=long"
+            for word in self.options
+            if not _is_option(word)
+        ]
+        if not TIME.fullmatch(self.time):
+            found.append(f"--time {self.time!r}: hours:minutes:seconds or days-hours, as 12:00:00 or 2-12")
+        return found
+
 
 def write_script(job: Job, config: str, overrides: Sequence[str], path: Path) -> Path:
     """Write the script that trains `config` to `path`, where nothing may be yet; returns it.
@@ -44,11 +56,7 @@ def write_script(job: Job, config: str, overrides: Sequence[str], path: Path) ->
     ValueError, all mistakes at once: the configuration does not fit so many processes, what Slurm is asked for is no
     such thing, the file exists.
     """
-    problems = [
-        f"--option {word!r}: an option of sbatch, as --partition=long" for word in job.options if not _is_option(word)
-    ]
-    if not TIME.fullmatch(job.time):
-        problems.append(f"--time {job.time!r}: hours:minutes:seconds or days-hours, as 12:00:00 or 2-12")
+    problems = job.problems
     if path.exists():
         problems.append(f"{path} is there already; --out names another file")
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.report_cli import add_actions
+from launch.show import show
 
 
 def add_sweep(sweep: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
@@ -66,7 +66,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 
     plan, folder = _opened(arguments)
     pace, source = pace_of(plan, folder)
-    _show(arguments, lambda: plan.to_json(pace), lambda: plan.format(pace, source))
+    show(arguments, lambda: plan.to_json(pace), lambda: plan.format(pace, source))
     return 0
 
 
@@ -99,9 +99,5 @@ def _status(arguments: argparse.Namespace) -> int:
 
     plan, folder = _opened(arguments)
     standing = standing_of(plan, folder)
-    _show(arguments, standing.to_json, standing.format)
+    show(arguments, standing.to_json, standing.format)
     return 0
-
-
-def _show(arguments: argparse.Namespace, to_json: Callable[[], Any], to_text: Callable[[], str]) -> None:
-    print(json.dumps(to_json(), indent=1, allow_nan=False) if arguments.json else to_text())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from launch.slurm import TIME, Job, script, submit
+from launch.slurm import Job, script, submit
 from lmtrain.sweep.folder import SweepFolder
 from lmtrain.sweep.plan import Plan
 
@@ -17,8 +17,8 @@ def write_scripts(plan: Plan, folder: SweepFolder, job: Job, submitted: bool) ->
     """
     if any(run.parent is not None for run in plan.runs):
         raise ValueError("--launcher slurm: jobs that fork from each other are not known here; leave out cooldown")
-    if not TIME.fullmatch(job.time):
-        raise ValueError(f"--time {job.time!r}: hours:minutes:seconds or days-hours, as 12:00:00 or 2-12")
+    if job.problems:
+        raise ValueError("\n".join(job.problems))
     folder.open().release()
     scripts = folder.path / "scripts"
     scripts.mkdir(exist_ok=True)

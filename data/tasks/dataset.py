@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from data.dataset import sha256_json
+from data.disk import sha256_json
 from data.loader import Batch, Batches
 from data.tasks.draws import SPLITS, Draws, example_keys
 from data.tasks.task import Examples, Task

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from data.loader import UNSCORED
 from data.tasks.draws import Draws
-from data.tasks.task import UNSCORED, Examples, Task, register, setting
+from data.tasks.task import Examples, Task, register, setting
 
 
 @register("induction")

@@ -16,8 +16,6 @@ from data.numbers import NumberTokenizer
 from data.tasks.draws import Draws
 from data.tokenizer import Tokenizer
 
-UNSCORED = -100  # torch's `ignore_index`
-
 
 class Examples(NamedTuple):
     """B examples of T tokens, both int64 [B, T]. labels: what the model is to say at each token, or -100."""

@@ -88,9 +88,11 @@ def repair(folder: Path) -> Repair:
 
     Only for the holder of the run's lock.
     """
-    moved, renamed = [], []
+    moved, renamed, intact = [], [], []
     for path in candidates(folder):
-        if problems := verify(path):
+        if not (problems := verify(path)):
+            intact.append(path)
+        else:
             aside = folder / "damaged" / f"{path.name}-{token()}"
             aside.parent.mkdir(exist_ok=True)
             os.rename(path, aside)
@@ -100,12 +102,13 @@ def repair(folder: Path) -> Repair:
         if not verify(path) and not (own := folder / f"step-{read_manifest(path).step}").exists():
             os.rename(path, own)
             renamed.append((path, own))
+            intact.append(own)
     if moved:
         sync_folder(folder / "damaged")
     if moved or renamed:
         sync_folder(folder)
     back = {old for old, _ in renamed}
-    newest = next((path for path in candidates(folder) if not verify(path)), None)
+    newest = next((path for path in candidates(folder) if path in intact), None)
     if newest is not None:
         point_latest(newest)
     return Repair([entry for entry in moved if entry[1] not in back], renamed, newest)

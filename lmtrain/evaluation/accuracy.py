@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data.loader import UNSCORED
 from data.tasks import TaskDataset
-from data.tasks.task import UNSCORED, Examples
+from data.tasks.task import Examples
 from lmtrain.evaluation.scoring import Autocast, ShouldStop, evaluating, poll
 from lmtrain.model import DecoderLM
 from parallel.world import ALONE, World

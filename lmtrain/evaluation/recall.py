@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from data.dataset import sha256_json
+from data.disk import sha256_json
 from data.tasks import TaskDataset
 from lmtrain.evaluation.accuracy import Accuracy, check_length, evaluate_task
 from lmtrain.model import DecoderLM

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data.disk import sha256_json
 from lmtrain.config import Config, reload, to_dict
 from lmtrain.run import read_metrics, read_status
 from lmtrain.sweep.collect import STATE_LENGTH, pace_and_memory
@@ -93,7 +93,7 @@ def _result(name: str, folder: Path, scored: Row, labels: dict[str, str]) -> Run
     """labels: hash of a configuration -> the variant's name, that of its first run."""
     config = reload(folder)
     settings = {section: values for section, values in to_dict(config).items() if section != "run"}
-    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+    key = sha256_json(settings)[:12]
     cost = model_cost(config)
     pace, memory = pace_and_memory(folder, 0)
     tokens = config.train.steps * config.train.batch_tokens
