@@ -258,16 +258,17 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 
 def _eval_task(arguments: argparse.Namespace, restored: Restored, task: TaskDataset) -> int:
-    from lmtrain.evaluation.heatmap import check_picture, draw_recall
+    from lmtrain.evaluation.heatmap import FORMATS, draw_recall
     from lmtrain.evaluation.recall import evaluate_recall, format_recall
     from lmtrain.evaluation.result import write_result
+    from lmtrain.picture import check_picture
 
     for_texts = ("path", "context", "stride", "carry", "by_document", "by_context")
     _refuse(arguments, for_texts, f"for texts only; examples of {task.task.name} are scored whole")
     if arguments.prefixes and restored.model.causality == "strict":
         raise ValueError("--prefixes: this model is strict, its one pass is what every prefix says; leave it out")
     if arguments.plot:
-        check_picture(arguments.plot)
+        check_picture(arguments.plot, FORMATS)
     how: dict[str, Any] = {"prefixes": arguments.prefixes, "autocast": restored.autocast}
     result = evaluate_recall(restored.model, task, arguments.length or [task.length], arguments.examples, **how)
     row = result.to_json(restored.source)

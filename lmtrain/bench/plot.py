@@ -8,6 +8,7 @@ from typing import Any
 
 from lmtrain.bench.results import Results
 from lmtrain.bench.subjects import PARTS, Part
+from lmtrain.picture import draw_figure
 
 TITLES: dict[Part, str] = {"mixer": "Whole mixers", "attention": "Attention alone"}
 
@@ -18,17 +19,17 @@ def draw(results: Results, path: Path) -> None:
     `results` has rows. Raises ImportError without matplotlib.
     """
     import matplotlib
-    from matplotlib.figure import Figure
 
     parts = [part for part in PARTS if results.names(part)]
     names = dict.fromkeys(name for part in parts for name in results.names(part))
     twenty = [matplotlib.colormaps["tab20"](index) for index in (*range(0, 20, 2), *range(1, 20, 2))]
     colours = dict(zip(names, itertools.cycle(twenty)))
-    with matplotlib.rc_context({"svg.hashsalt": "lmtrain", "svg.fonttype": "none"}):
-        figure = Figure(figsize=(6 * len(parts), 4.2), layout="constrained")
+
+    def fill(figure: Any) -> None:
         for axes, part in zip(figure.subplots(1, len(parts), squeeze=False)[0], parts, strict=True):
             _draw_part(axes, results, part, colours)
-        figure.savefig(path, format="svg", metadata={"Date": None})
+
+    draw_figure(path, (6 * len(parts), 4.2), fill)
 
 
 def _draw_part(axes: Any, results: Results, part: Part, colours: dict[str, Any]) -> None:

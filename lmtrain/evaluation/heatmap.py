@@ -6,18 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from lmtrain.evaluation.recall import Recall, rows_of, variant_names
+from lmtrain.picture import draw_figure
 
 FORMATS = (".svg", ".png")
-
-
-def check_picture(path: Path) -> None:
-    """ValueError for a picture that cannot be written, before the work that it shows."""
-    if path.suffix not in FORMATS:
-        raise ValueError(f"--plot {path}: the name of a picture ends in {' or '.join(FORMATS)}")
-    if path.exists():
-        raise ValueError(f"--plot {path}: is there already; choose another name")
-    if not path.parent.is_dir():
-        raise ValueError(f"--plot {path}: there is no folder {path.parent}")
 
 
 def draw_recall(recall: Recall, path: Path) -> None:
@@ -40,14 +31,10 @@ def draw_grids(
 
     Raises ImportError without matplotlib.
     """
-    import matplotlib
-    from matplotlib.figure import Figure
+    across = min(4, len(grids))
+    down = -(-len(grids) // across)
 
-    with matplotlib.rc_context({"svg.hashsalt": "lmtrain", "svg.fonttype": "none"}):
-        across = min(4, len(grids))
-        down = -(-len(grids) // across)
-        size = (1.2 + across * (0.8 + 0.5 * len(columns)), 0.4 + down * (1.1 + 0.4 * len(rows)))
-        figure = Figure(figsize=size, layout="constrained")
+    def fill(figure: Any) -> None:
         axes = list(figure.subplots(down, across, squeeze=False).flat)
         for at, (title, grid) in zip(axes, grids.items(), strict=False):
             image = _draw_grid(at, title, grid, rows, columns)
@@ -55,7 +42,8 @@ def draw_grids(
         for unused in axes[len(grids) :]:
             unused.set_axis_off()
         figure.colorbar(image, ax=axes, label="accuracy")
-        figure.savefig(path, format=path.suffix[1:], metadata={"Date": None} if path.suffix == ".svg" else None)
+
+    draw_figure(path, (1.2 + across * (0.8 + 0.5 * len(columns)), 0.4 + down * (1.1 + 0.4 * len(rows))), fill)
 
 
 def _draw_grid(axes: Any, title: str, grid: list[list[float]], rows: list[str], columns: list[str]) -> Any:

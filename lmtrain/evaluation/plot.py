@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from lmtrain.evaluation.result import Evaluation
+from lmtrain.picture import draw_figure
 
-
-def check(path: Path) -> None:
-    """ValueError if `draw` could not write there, so that nobody waits for a picture in vain."""
-    if path.suffix != ".svg":
-        raise ValueError(f"--plot: {path} should be named .svg, the format that is written")
-    if path.exists():
-        raise ValueError(f"--plot: {path} is there already; name another file")
-    if not path.parent.is_dir():
-        raise ValueError(f"--plot: there is no folder {path.parent}")
-    if find_spec("matplotlib") is None:
-        raise ValueError("--plot: needs matplotlib, which is not installed; pip install 'lmtrain[plot]'")
+FORMATS = (".svg",)
 
 
 def draw(evaluation: Evaluation, path: Path) -> None:
     """Write the figure as SVG."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
     curves = 2 if evaluation.by_context else 1
-    with matplotlib.rc_context({"svg.hashsalt": "lmtrain", "svg.fonttype": "none"}):
-        figure = Figure(figsize=(5.5 * curves, 3.6), layout="constrained")
+
+    def fill(figure: Any) -> None:
         axes = figure.subplots(1, curves, squeeze=False)[0]
         _by_position(axes[0], evaluation)
         if evaluation.by_context:
@@ -36,7 +23,8 @@ def draw(evaluation: Evaluation, path: Path) -> None:
         p = evaluation.protocol
         how = f"carry {p.carry:,}" if p.context is None else f"context {p.context:,}, stride {p.stride:,}"
         figure.suptitle(f"{p.corpus} {p.split}, {p.scoring}, {how}, {p.documents}", fontsize="medium")
-        figure.savefig(path, format="svg", metadata={"Date": None})
+
+    draw_figure(path, (5.5 * curves, 3.6), fill)
 
 
 def _by_position(axes: Any, evaluation: Evaluation) -> None:

@@ -12,6 +12,7 @@ from lmtrain.evaluation.compare import Comparison, compare, read_row, text_sha25
 from lmtrain.evaluation.contexts import evaluate_by_context
 from lmtrain.evaluation.evaluate import Evaluation, evaluate, evaluate_carried
 from lmtrain.evaluation.result import write_result
+from lmtrain.picture import check_picture
 from lmtrain.restore import Restored, open_run
 from lmtrain.setup import read_split
 from lmtrain.waiting import Waiting
@@ -55,7 +56,7 @@ class Result:
 def evaluate_run(run: Path | Restored, asked: Asked) -> Result:
     """Scores a run's folder or one of its checkpoints; keeps the row in its `eval/`. ValueError says what is wrong."""
     if asked.plot is not None:
-        evaluation_plot.check(asked.plot)
+        check_picture(asked.plot, evaluation_plot.FORMATS)
     restored = run if isinstance(run, Restored) else open_run(run)
     if asked.prefixes and restored.model.causality == "strict":
         raise ValueError("--prefixes: this model is strict, its one pass is what every prefix says; leave it out")

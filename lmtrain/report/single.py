@@ -11,12 +11,9 @@ from typing import Any
 from data.disk import sha256_json
 from lmtrain.config import Config, reload, to_dict
 from lmtrain.run import read_metrics, read_status
-from lmtrain.sweep.collect import STATE_LENGTH, pace_and_memory
+from lmtrain.sweep.collect import STATE_LENGTH, numbers_of
 from lmtrain.sweep.comparison import Collected, collect
-from lmtrain.sweep.cost import model_cost
-from lmtrain.sweep.match import training_flops
 from lmtrain.sweep.result import RunResult
-from lmtrain.sweep.runs import sparsity
 
 Row = dict[str, Any]
 PROTOCOL = ("corpus", "split", "fingerprint", "context", "stride", "scored_tokens")
@@ -94,33 +91,15 @@ def _result(name: str, folder: Path, scored: Row, labels: dict[str, str]) -> Run
     config = reload(folder)
     settings = {section: values for section, values in to_dict(config).items() if section != "run"}
     key = sha256_json(settings)[:12]
-    cost = model_cost(config)
-    pace, memory = pace_and_memory(folder, 0)
-    tokens = config.train.steps * config.train.batch_tokens
     environment = _read(folder / "environment.json")
     return RunResult(
         name=name,
         hash=key,
         axes={},
         mixer=labels.setdefault(key, name),
-        seed=config.run.seed,
-        parameters=cost.cost.parameters - cost.embedding,
-        parameters_total=cost.cost.parameters,
-        tokens=tokens,
-        flops=training_flops(config, cost.cost.flops),
-        flops_per_token=cost.cost.flops / config.data.seq_len,
-        pairs=cost.cost.pairs / config.data.seq_len,
-        loss=scored["loss"],
-        bits_per_byte=scored.get("bits_per_byte"),
-        sparsity=sparsity(config),
-        strict=scored["causality"] == "strict",
-        seconds=tokens / pace if pace else 0.0,
-        tokens_per_second=pace,
-        peak_memory=memory,
-        state_bytes={str(STATE_LENGTH): model_cost(config, STATE_LENGTH).cost.state_bytes},
         parent=None,
         group=name,
-        scoring=scored["scoring"],
         command=shlex.join(map(str, environment.get("command", []))),
         environment=environment,
+        **numbers_of(config, folder, scored, [STATE_LENGTH]),
     )

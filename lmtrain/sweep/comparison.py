@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lmtrain.sweep.folder import MARKER, read_marker
 from lmtrain.sweep.result import VERSION, RunFailure, RunResult
 
 SAME_TOKENS = 1e-3
@@ -80,15 +80,16 @@ def read_sweep(folder: Path) -> Collected:
 
 def _marked(folder: Path) -> tuple[str, list[str]]:
     """The name in the folder's sweep.json (else that of the folder), and what is wrong with that file."""
-    name, marker = folder.resolve().name, folder / "sweep.json"
     try:
-        content = json.loads(marker.read_text())
-        version, name = content["version"], str(content["name"])
-    except FileNotFoundError:
-        return name, []
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        return name, [f"{marker}: not readable: {error}"]
-    return name, [] if version == VERSION else [f"{marker}: of version {version!r}, this lmtrain reads {VERSION}"]
+        found = read_marker(folder)
+    except ValueError as error:
+        return folder.resolve().name, [str(error)]
+    if found is None:
+        return folder.resolve().name, []
+    version, name = found
+    return name, [] if version == VERSION else [
+        f"{folder / MARKER}: of version {version!r}, this lmtrain reads {VERSION}"
+    ]
 
 
 def collect(name: str, runs: Iterable[RunResult], failures: Iterable[RunFailure] = ()) -> Collected:

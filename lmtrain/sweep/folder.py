@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lmtrain.checkpoint.shelf import candidates
 from lmtrain.files import replace_bytes
@@ -21,6 +21,19 @@ from lmtrain.sweep.result import VERSION, RunFailure, RunResult
 from lmtrain.sweep.runs import Run
 
 State = Literal["done", "running", "failed", "queued"]
+MARKER = "sweep.json"
+
+
+def read_marker(folder: Path) -> tuple[Any, str] | None:
+    """(version, name) as the folder's sweep.json says; None without one. ValueError if it cannot be read."""
+    path = folder / MARKER
+    try:
+        content = json.loads(path.read_text())
+        return content["version"], str(content["name"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path}: not readable: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -36,17 +49,17 @@ class SweepFolder:
             return
         if not self.path.is_dir():
             raise ValueError(f"--out {self.path}: is a file; choose a folder")
-        marker = self.path / "sweep.json"
-        if not marker.exists():
+        try:
+            found = read_marker(self.path)
+        except ValueError as error:
+            raise ValueError(f"{error}; choose another --out") from None
+        if found is None:
             if any(self.path.iterdir()):
                 raise ValueError(f"--out {self.path}: the folder is not empty and holds no sweep; choose a new one")
             return
-        try:
-            found = json.loads(marker.read_text())
-            version, name = found["version"], found["name"]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(f"{marker}: not readable: {error}; choose another --out") from None
+        version, name = found
         if version != VERSION:
+            marker = self.path / MARKER
             raise ValueError(f"{marker}: of version {version}, this lmtrain reads {VERSION}; choose another --out")
         if name != self.name:
             raise ValueError(f"--out {self.path}: holds the sweep {name}, not {self.name}; choose another folder")
@@ -57,7 +70,7 @@ class SweepFolder:
         try:
             (self.path / "logs").mkdir(parents=True, exist_ok=True)
             content = json.dumps({"version": VERSION, "name": self.name}, indent=1) + "\n"
-            replace_bytes(self.path / "sweep.json", content.encode())
+            replace_bytes(self.path / MARKER, content.encode())
             return Lock(self.path / "lock")
         except OSError as error:
             raise ValueError(f"--out {self.path}: cannot be written: {error.strerror or error}") from None
