@@ -1,5 +1,6 @@
 """Hashes of what is on the disk, and flushing it there."""
 
+import errno
 import hashlib
 import json
 import os
@@ -25,9 +26,12 @@ def sync_file(file: IO[bytes]) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flushes the folder's list of names to disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    """Flushes the folder's list of names to disk, where the file system knows how to: then renames in it last."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # what some network file systems say to a folder
+            raise
     finally:
         os.close(descriptor)

@@ -6,6 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lmtrain.progress import Pace
+
+
+def curves_of_step(row: dict[str, Any], seen: Pace) -> dict[str, float]:
+    """Tag -> value, of a training step's row of metrics.jsonl and its pace."""
+    mark = "" if row["causality"] == "strict" else "_sees_ahead"
+    curves = {f"train/loss{mark}": row["loss"]}
+    if seen.bits_per_byte is not None:
+        curves[f"train/bpb{mark}"] = seen.bits_per_byte
+    curves |= {f"train/{key}": row[key] for key in ("lr", "grad_norm", "tokens", "skipped")}
+    curves |= {f"perf/{key}": row[key] for key in ("tokens_per_second", "sent_per_token") if key in row}
+    return curves | {"perf/memory": seen.memory, "perf/flops": seen.flops}
+
 
 class Board:
     """Writes scalars under `folder`; `complain` is told once if writing fails."""

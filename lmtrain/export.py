@@ -11,9 +11,10 @@ import json
 import shutil
 from pathlib import Path
 
+from data.disk import sync_folder
 from lmtrain import config as configuration
 from lmtrain.checkpoint.tensorfile import write_tensors
-from lmtrain.files import HashingWriter, sync_folder, token
+from lmtrain.files import HashingWriter, token
 from lmtrain.restore import open_run
 
 

@@ -3,7 +3,6 @@
 POSIX only. A rename replaces its target in one step, and is durable once the folder is synced too.
 """
 
-import errno
 import hashlib
 import os
 import re
@@ -11,6 +10,7 @@ import secrets
 import stat
 from pathlib import Path
 
+from data.disk import sync_file, sync_folder
 from lmtrain import fault
 
 CHUNK = 8 << 20  # bytes hashed and written at a time: large enough to amortise, small enough for the cache
@@ -22,26 +22,13 @@ def token() -> str:
     return secrets.token_hex(4)
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes renames in `folder` durable, where the file system knows how to."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # what some network file systems say to a folder
-            raise
-    finally:
-        os.close(descriptor)
-
-
 def replace_bytes(path: Path, content: bytes) -> None:
     """Replaces the file at `path`, or creates it: a reader sees the old content or the new, no mixture."""
     temporary = path.with_name(f"{path.name}.tmp-{token()}")
     try:
         with open(temporary, "xb") as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+            sync_file(file)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

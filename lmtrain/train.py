@@ -26,7 +26,7 @@ from data.shards import TokenDataset
 from data.tasks import TaskDataset
 from lmtrain import checkpoint, exhausted, fault, watch
 from lmtrain import config as configuration
-from lmtrain.board import Board
+from lmtrain.board import Board, curves_of_step
 from lmtrain.config import Config
 from lmtrain.deadline import Deadline, seconds_of
 from lmtrain.evaluation.evaluate import EvaluationStopped
@@ -267,9 +267,9 @@ class Training:
         return info
 
     def _is_usual(self, loss: float, grad_norm: float) -> bool:
-        """Whether the step is no spike. All ranks ask this together, and get the same answer."""
+        """Whether the step is no spike: the same on all ranks, as loss and norm are."""
         verdict = self.spikes.judge(loss, grad_norm)
-        self.is_spike = bool(self.world.largest(verdict.beyond(self.config.train.spike_limit)))
+        self.is_spike = verdict.beyond(self.config.train.spike_limit)
         if self.is_spike:
             self._tell_spike(loss, grad_norm, verdict)
         return not self.is_spike
@@ -307,7 +307,7 @@ class Training:
 
     def _log(self, info: StepInfo, crc: int, mixers: watch.Mixers) -> None:
         """The progress line of this step; every `log.every` steps also its row, and the board's scalars."""
-        config, causality = self.config, self.model.causality
+        config = self.config
         logged = self._is_logged(self.step) or info.skipped
         steps_per_second = self.seconds.laps / self.seconds.total
         row: dict[str, Any] = {
@@ -319,7 +319,7 @@ class Training:
             "tokens_per_second": config.train.batch_tokens * steps_per_second,
             "skipped": self.skipped,
             "batch": crc,
-            "causality": causality,
+            "causality": self.model.causality,
         }
         if info.auxiliary:
             row["auxiliary"] = info.auxiliary
@@ -340,15 +340,7 @@ class Training:
         if not logged:
             return
         self.run.log_metrics(row)
-        mark = "" if causality == "strict" else "_sees_ahead"
-        scalars = {f"train/loss{mark}": info.loss}
-        if seen.bits_per_byte is not None:
-            scalars[f"train/bpb{mark}"] = seen.bits_per_byte
-        scalars |= {f"train/{key}": row[key] for key in ("lr", "grad_norm", "tokens", "skipped")}
-        scalars |= {"perf/tokens_per_second": row["tokens_per_second"], "perf/memory": seen.memory}
-        if self.shard is not None:
-            scalars["perf/sent_per_token"] = row["sent_per_token"]
-        self._scalars(scalars | {"perf/flops": seen.flops} | watch.tags(mixers))
+        self._scalars(curves_of_step(row, seen) | watch.tags(mixers))
         self.seconds.reset()
 
     def _evaluate(self, texts: tuple[TokenDataset | TaskDataset, ...]) -> None:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data.disk import sync_folder
 from lmtrain.checkpoint.manifest import read_manifest, verify
 from lmtrain.checkpoint.shelf import candidates, point_latest, remnants
-from lmtrain.files import sync_folder, token
+from lmtrain.files import token
 from lmtrain.table import table
 
 

@@ -17,9 +17,10 @@ from collections.abc import Collection
 from itertools import islice
 from pathlib import Path
 
+from data.disk import sync_folder
 from lmtrain import fault
 from lmtrain.checkpoint.manifest import STEP_FOLDER, verify
-from lmtrain.files import replace_bytes, sync_folder, token
+from lmtrain.files import replace_bytes, token
 
 logger = logging.getLogger(__name__)
 _LEFTOVER = re.compile(r"(?:step-[0-9]+|latest)\.(?:tmp|trash)-[0-9a-f]{8}")

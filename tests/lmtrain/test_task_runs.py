@@ -17,19 +17,17 @@ from lmtrain.setup import CHECKS
 from lmtrain.train import DONE, train
 from parallel.world import World
 from tests.lmtrain.test_train import assert_same
+from tests.lmtrain.tiny import SHORT
 from tests.processes import run_ranks
 
 SHIPPED = [name for name in shipped_configs() if name.startswith("recall/")]
-CONFIG = """
-data: {corpus: mqar, seq_len: 32, task: {vocab_size: 16, pairs: 3}}
-train: {steps: 12, batch_tokens: 128, micro_batch: 2}
-log: {every: 1, tensorboard: false}
-eval: {every: 4, tokens: 256}
-checkpoint: {every: 4}
+CONFIG = f"""
+data: {{corpus: mqar, seq_len: 32, task: {{vocab_size: 16, pairs: 3}}}}
+{SHORT}
 model:
   dim: 16
   layers: 2
-  mixers: {it: {kind: dense, heads: 2}}
+  mixers: {{it: {{kind: dense, heads: 2}}}}
   pattern: it
 """
 

@@ -8,19 +8,24 @@ from pathlib import Path
 from lmtrain.config import Config, load
 from lmtrain.setup import CHECKS
 
-CONFIG = """
-data: {corpus: text, seq_len: 32}
+SHORT = """
 train: {steps: 12, batch_tokens: 128, micro_batch: 2}
 log: {every: 1, tensorboard: false}
 eval: {every: 4, tokens: 256}
 checkpoint: {every: 4}
+"""
+"""A run of three evaluations and checkpoints."""
+
+CONFIG = f"""
+data: {{corpus: text, seq_len: 32}}
+{SHORT}
 model:
   dim: 16
   layers: 2
   dropout: 0.1
   mixers:
-    near: {kind: local, heads: 2, window: 8}
-    far: {kind: dense, heads: 2}
+    near: {{kind: local, heads: 2, window: 8}}
+    far: {{kind: dense, heads: 2}}
   pattern: near far
 """
 
