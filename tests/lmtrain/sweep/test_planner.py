@@ -202,14 +202,15 @@ def test_shipped_sweeps_cost_the_same_for_all(name: str) -> None:
     whole = make_plan(name, ["data.path=x"])
     text = whole.format(1e10, "assumed")
     assert all(run.name in text and run.hash in text for run in whole.runs)
-    assert ("not equal" in text) == bool(whole.far_off)
+    assert not whole.far_off
+    assert "not equal" not in text
     for run in whole.runs:
-        assert -0.1 < run.solved.residual <= 0
+        assert -0.01 < run.solved.residual <= 0
     if name == "enwik8-mixers":
-        assert not whole.far_off
         assert len(whole.runs) == 12 * 3
         kinds = {s["kind"] for run in whole.runs for n, s in run.config.model.mixers.items() if n == "far"}
         assert kinds == set(MIXERS)
         assert len({(run.config.data.seq_len, run.tokens) for run in whole.runs}) == 1
     if name == "sparsity":
         assert {run.sparsity for run in whole.runs} == {2, 4, 8, 16, 32, 64}
+        assert len({run.tokens for run in whole.runs if not run.is_trunk}) >= 4  # or there is no law
