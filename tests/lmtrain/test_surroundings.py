@@ -17,6 +17,7 @@ from lmtrain.run import read_metrics, read_status
 from lmtrain.train import DONE, STOPPED, train
 from tests.lmtrain import tiny
 from tests.lmtrain.test_train import assert_same
+from tests.processes import SECONDS
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,7 @@ def test_a_disk_that_somebody_else_fills(undisturbed: Path, tmp_path: Path) -> N
     script = SMALL_DISK.format(disk=disk, folder=tmp_path)
     environment = {**os.environ, "LMTRAIN_FAULT": "step=6:stall"}
     done = subprocess.run(
-        ["unshare", "-rm", "sh", "-c", script, "sh", *command, *settings], env=environment, timeout=120
+        ["unshare", "-rm", "sh", "-c", script, "sh", *command, *settings], env=environment, timeout=SECONDS
     )
     said, kept = (tmp_path / "said").read_text(), tmp_path / "kept"
     assert done.returncode == 1, said
@@ -91,7 +92,7 @@ def test_a_log_that_the_disk_refuses(undisturbed: Path, tmp_path: Path) -> None:
 def test_progress_that_goes_into_a_file_on_a_full_disk(undisturbed: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "lmtrain", "train", str(tiny.write(tmp_path)), *tiny.settings(tmp_path)]
     with open("/dev/full", "w") as full:
-        assert subprocess.run(command, stderr=full, timeout=120).returncode == DONE
+        assert subprocess.run(command, stderr=full, timeout=SECONDS).returncode == DONE
     assert_same(tmp_path / "run", undisturbed)
 
 
@@ -123,7 +124,7 @@ def test_another_hash_seed_and_the_locale_c(
     path = tiny.write(folder)
     path.write_text("# läuft\n" + path.read_text(), encoding="utf-8")
     running = tiny.command(folder)
-    said, _ = running.communicate(timeout=120)
+    said, _ = running.communicate(timeout=SECONDS)
     assert running.returncode == DONE, said
     assert_same(folder / "run", undisturbed)
 
@@ -152,7 +153,7 @@ def test_curves_of_a_killed_and_resumed_run(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     killed = tiny.command(tmp_path, "log.tensorboard=true", fault="step=7:kill")
-    assert killed.wait(120) == -signal.SIGKILL
+    assert killed.wait(SECONDS) == -signal.SIGKILL
     (events,) = (tmp_path / "run/tensorboard").iterdir()
     while int(time.time()) <= int(events.name.split(".")[3]):  # TensorBoard goes by the second in the names of files
         time.sleep(0.05)
