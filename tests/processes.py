@@ -1,4 +1,4 @@
-"""Processes for tests: commands, which end with their test, and ranks that talk through gloo, whose stacks show a hang."""
+"""Processes for tests: commands, which end with their test; ranks that talk through gloo, whose stacks show a hang."""
 
 from __future__ import annotations
 
