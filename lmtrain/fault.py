@@ -71,10 +71,9 @@ def before(point: str) -> None:
 def before_forward(batch: Batch) -> Batch:
     """Called with each micro-batch: the same, or one of random tokens that nobody can predict."""
     for fault in _faults():
-        if fault.startswith("sample="):
-            place = int(fault.removeprefix("sample=").partition(":")[0]) - batch.first_sample
-            if 0 <= place < len(batch.tokens):
-                return _scrambled(batch)
+        sample = fault.removeprefix("sample=").removesuffix(":tokens=random")
+        if sample != fault and int(sample) in batch.samples:
+            return _scrambled(batch)
     return batch
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from lmtrain.config import Config
 from lmtrain.counters import Counters
+from lmtrain.offending import Offending
 from lmtrain.resume import choose_before
 from lmtrain.run import RunFolder
 from lmtrain.spikes import Spikes, Verdict
@@ -31,9 +32,16 @@ class Guard:
     """Watches over the steps of a run, whose `counters` it is given to read, and to change when it rolls back."""
 
     def __init__(
-        self, config: Config, run: RunFolder, world: World, counters: Counters, complain: Callable[[str], None]
+        self,
+        config: Config,
+        run: RunFolder,
+        world: World,
+        counters: Counters,
+        offending: Offending,
+        complain: Callable[[str], None],
     ) -> None:
-        self.config, self.run, self.world, self.counters, self.complain = config, run, world, counters, complain
+        self.config, self.run, self.world, self.counters = config, run, world, counters
+        self.offending, self.complain = offending, complain
         self.spikes = Spikes()
         self._spike: Verdict | None = None  # of the last step, if it was one
 
@@ -55,20 +63,26 @@ class Guard:
 
     def tell(self, step: Step, first_sample: int) -> None:
         """What was wrong with the step that is counted last, if anything was; it read from `first_sample` on."""
-        numbers = {"loss": step.info.loss, "grad_norm": step.info.grad_norm}
-        if self._spike is not None:
-            self._tell_spike(self._spike, numbers, [first_sample, self.counters.samples])
+        if self._spike is None and not step.info.skipped:
+            return
+        told = {"step": self.counters.step, "loss": step.info.loss, "grad_norm": step.info.grad_norm}
+        kept = self.offending.keep(step.batches, told, first_sample)
+        where = f"; its batch: {self.run.path / kept}" if kept else ""
+        if (spike := self._spike) is not None:
+            policy, deviations = self.config.train.spikes, {"loss": spike.loss, "grad_norm": spike.grad_norm}
+            samples = [first_sample, self.counters.samples]
+            self.run.event("spike", policy=policy, **told, deviations=deviations, samples=samples, offending=kept)
+            self.complain(
+                f"spike at step {told['step']}: loss {step.info.loss:.4f} is {spike.loss:.1f} deviations above what is "
+                f"usual, the gradient norm {step.info.grad_norm:.2f} {spike.grad_norm:.1f}{where}"
+            )
         if step.info.skipped:
-            self.run.event("skip", step=self.counters.step, **numbers)
-
-    def _tell_spike(self, verdict: Verdict, numbers: dict[str, float], samples: list[int]) -> None:
-        step = self.counters.step
-        told = {**numbers, "deviations": {"loss": verdict.loss, "grad_norm": verdict.grad_norm}, "samples": samples}
-        self.run.event("spike", policy=self.config.train.spikes, step=step, **told)
-        self.complain(
-            f"spike at step {step}: loss {numbers['loss']:.4f} is {verdict.loss:.1f} deviations above what is usual, "
-            f"the gradient norm {numbers['grad_norm']:.2f} {verdict.grad_norm:.1f}"
-        )
+            self.run.event("skip", **told, offending=kept)
+            if spike is None:
+                self.complain(
+                    f"the update of step {told['step']} was skipped: loss {step.info.loss:.4f}, "
+                    f"gradient norm {step.info.grad_norm:.2f}{where}"
+                )
 
     def trouble(self, info: StepInfo) -> Trouble | None:
         """Whether to go on behind the last step, of which `info` is."""

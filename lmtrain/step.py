@@ -24,7 +24,7 @@ from parallel.world import World
 class Step:
     """A step that was made: what the engine says of it, and what was read.
 
-    batches: this rank's, as the model saw them; crc: of those of all ranks. mixers: their statistics, if asked for.
+    batches: this rank's, of whole rows; crc: of those of all ranks. mixers: their statistics, if asked for.
     sent: bytes sent to ranks that share the sequences, for each token of this one; None if there are none.
     """
 
@@ -61,10 +61,10 @@ class Stepper:
 
     def make(self, number: int, batches: list[Batch], update: Callable[[], StepInfo], watched: bool) -> Step:
         """Step `number`, from 1. update: of the weights, behind the backward passes. watched: ask the mixers."""
+        batches = whole = [fault.before_forward(batch) for batch in batches]
         if self.shard is not None:
-            batches = [batch.part(self.shard.tokens) for batch in batches]
+            batches = [batch.part(self.shard.tokens) for batch in whole]
             self.shard.sent = 0
-        batches = [fault.before_forward(batch) for batch in batches]
         scored, crc = self._over_ranks(
             sum(int((batch.labels >= 0).sum()) for batch in batches), sum(batch.crc for batch in batches)
         )
@@ -79,7 +79,7 @@ class Stepper:
         if info.skipped and self.streams is not None:
             self.streams.drop()
         sent = None if self.shard is None else self.shard.sent / sum(batch.tokens.numel() for batch in batches)
-        return Step(info, batches, crc % 2**32, watch.read(statistics or {}), sent)
+        return Step(info, whole, crc % 2**32, watch.read(statistics or {}), sent)
 
     def _learn(self, number: int, micro: int, batch: Batch, scored: int, statistics: dict[Any, Any] | None) -> None:
         """Forward and backward of one micro-batch, of a step with `scored` labels in all."""

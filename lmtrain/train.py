@@ -31,6 +31,7 @@ from lmtrain.evaluation.evaluate import EvaluationStopped
 from lmtrain.evaluation.validation import Report, validate
 from lmtrain.guard import Guard
 from lmtrain.hardware import peak_memory, pick_device
+from lmtrain.offending import Offending
 from lmtrain.progress import Nowhere, Progress
 from lmtrain.resume import check_state, choose, refuse_others
 from lmtrain.run import RunDirectory, RunFolder, read_metrics
@@ -130,7 +131,8 @@ class Training:
         self.engine = build_engine(config, self.model, self.device, world)
         self.stepper = Stepper(config, self.model, self.engine, self.device, world, debug=debug, at=at)
         self.counters = Counters()
-        self.guard = Guard(config, run, world, self.counters, self._complain)
+        offending = Offending(run.path, self.data.tokenizer, world, self._complain)
+        self.guard = Guard(config, run, world, self.counters, offending, self._complain)
         self.loader = self._make_loader()
         background = config.checkpoint.asynchronous
         background = self.device.type == "cuda" if background is None else background
