@@ -94,7 +94,7 @@ class Stepper:
         seed = _seed(self.seed, number - 1, in_step, self.world.sequence_rank)
         state = None if self.streams is None else self.streams.at(micro, batch.begins)
         loss = self.engine.forward_loss(batch.tokens, batch.labels, ctx, scored, seed, state)
-        self.engine.backward(fault.before_backward(number, loss))
+        self.engine.backward(fault.before_backward(number, batch, loss))
 
     def _over_ranks(self, *numbers: int) -> list[int]:
         """The sum of each number over the ranks."""
