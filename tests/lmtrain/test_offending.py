@@ -2,6 +2,7 @@
 
 import math
 import os
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -71,18 +72,20 @@ def test_only_so_many_are_kept_the_last_ones(tmp_path: Path) -> None:
     assert names(tmp_path) == others | {f"{name}.{kind}" for name in last for kind in ("json", "safetensors")}
 
 
-def test_a_disk_that_refuses_is_told_of_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(path: Path, content: bytes) -> None:
-        raise OSError(28, os.strerror(28), str(path))
-
+@pytest.mark.fault(12)
+def test_a_disk_that_refuses_is_told_of_once_and_nothing_is_left(tmp_path: Path) -> None:
     complaints: list[str] = []
     keep = keeper(tmp_path, complaints)
-    monkeypatch.setattr(offending, "replace_bytes", full)
-    assert [keep.keep([batch(0, b"a")], {**TOLD, "step": step}, 0) for step in (7, 8)] == [None, None]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        assert [keep.keep([batch(0, b"a" * 50)], {**TOLD, "step": step}, 0) for step in (7, 8)] == [None, None]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     (complaint,) = complaints
-    assert "step 7" in complaint
-    assert "No space left on device" in complaint
-    assert str(tmp_path) in complaint
+    assert "the batch of step 7 was not kept" in complaint
+    assert "File too large" in complaint
+    assert names(tmp_path) == set()
 
 
 def read_at(step: int, folder: Path, *words: str) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
