@@ -20,7 +20,7 @@ SETTINGS = [
     "model.pattern=near far",
 ]
 STOPPED, USER_ERROR, CRASHED, INTERRUPTED = 75, 2, 1, 130
-PATIENCE = 120.0  # seconds for a life to do what it should, on the slowest machine
+PATIENCE = 600.0  # seconds for a life to do what it should, on the slowest and busiest machine
 
 
 class SoakError(Exception):

@@ -1,0 +1,178 @@
+"""What safe checkpoints cost, and how long a run takes to stop: python benchmarks/saving.py [--json FILE]
+
+Seconds to write the same float32 tensors: by torch.save and by safetensors, as they are and followed by fsync, and by
+ours, which hashes every byte, syncs every file and folder, reads all of it back, and then looks which old ones may go.
+Beside them the parts: hashing, and reading back. In turn, on the disk of --folder; every file is written anew.
+
+Seconds from SIGTERM to the end of the process, at random moments of each phase of the run `demo`: saved where it stood.
+Before it has opened its folder there is nothing to save, and it ends at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import safetensors.torch
+import torch
+from report import publish_all
+
+from lmtrain import checkpoint
+from lmtrain.bench.measure import timed_in_turn
+from lmtrain.run import read_metrics
+
+KEPT = 3  # checkpoints, as by default
+SLICE = 4_000_000  # numbers in a tensor
+STOPPED = 75
+
+PHASES: dict[str, list[str]] = {
+    "start": [],
+    "preparation of data": [],
+    "step": ["eval.every=0"],
+    "evaluation": ["eval.every=1", "eval.tokens=1000000"],
+    "save": ["checkpoint.every=1", "eval.every=0", "model.dim=512", "data.seq_len=128", "train.batch_tokens=128"],
+}
+"""What makes the run spend most of its time there."""
+
+
+def costs(folder: Path, gigabytes: float, repeats: int) -> list[dict[str, Any]]:
+    """A row for each way to save: seconds per GB, median, least and most."""
+    count = max(3, round(gigabytes * 1e9 / 4 / SLICE) // 3 * 3)
+    tensors = {f"{index:03}": torch.randn(SLICE) for index in range(count)}
+    third = count // 3  # parameters; the rest are their two moments
+    groups = {"model": dict(list(tensors.items())[:third]), "optimizer": dict(list(tensors.items())[third:])}
+    size = 4 * SLICE * count / 1e9
+    numbers = iter(range(10**6))
+
+    def fresh() -> Path:
+        return folder / f"plain-{next(numbers)}"
+
+    def plainly(write: Callable[[Path], Any], synced: bool) -> None:
+        path = fresh()
+        write(path)
+        if synced:
+            sync(path)
+        path.unlink()
+
+    def by_torch(path: Path) -> None:
+        torch.save(tensors, path)
+
+    def by_safetensors(path: Path) -> None:
+        safetensors.torch.save_file(tensors, path)
+
+    def ours() -> None:
+        checkpoint.save(folder / "ours", next(numbers), groups, {})
+
+    runs: dict[str, Callable[[], Any]] = {
+        "torch.save": lambda: plainly(by_torch, False),
+        "torch.save, fsync": lambda: plainly(by_torch, True),
+        "safetensors": lambda: plainly(by_safetensors, False),
+        "safetensors, fsync": lambda: plainly(by_safetensors, True),
+        "ours: hashed, synced, read back": ours,
+        f"of old ones, {KEPT} to be kept: what may go": lambda: checkpoint.retain(folder / "ours", KEPT),
+        "part: sha256 of what is in memory": lambda: [hashlib.sha256(one.numpy()) for one in tensors.values()],
+        "part: reading back and hashing": lambda: checkpoint.verify(newest(folder / "ours")),
+    }
+    for run in runs.values():
+        run()
+    rows = []
+    for name, timing in timed_in_turn(runs, repeats).items():
+        seconds = {"seconds per GB": timing.median / size, "least": timing.least / size, "most": timing.most / size}
+        rows.append({"what": name, "GB": round(size, 3), "times": repeats, **seconds})
+    return rows
+
+
+def sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def newest(folder: Path) -> Path:
+    found, _ = checkpoint.newest(folder)
+    assert found is not None
+    return found
+
+
+def stops(folder: Path, times: int, rng: Random) -> list[dict[str, Any]]:
+    """A row for each phase: seconds from SIGTERM to the end."""
+    with started(folder, Random(0), *PHASES["step"]) as process:  # how long a start and the preparation take
+        began = time.monotonic()
+        wait_until(process, lambda: (folder / "run/events.jsonl").exists())
+        start_seconds = time.monotonic() - began
+        wait_until(process, lambda: bool(read_metrics(folder / "run")))
+        preparation_seconds = time.monotonic() - began - start_seconds
+    rows = []
+    for phase, settings in PHASES.items():
+        seconds = []
+        for _ in range(times):
+            with started(folder, rng, *settings) as process:
+                if phase == "start":
+                    time.sleep(rng.uniform(0, start_seconds))
+                elif phase == "preparation of data":
+                    wait_until(process, lambda: (folder / "run/events.jsonl").exists())
+                    time.sleep(rng.uniform(0, preparation_seconds))
+                else:
+                    wait_until(process, lambda: bool(read_metrics(folder / "run")))
+                    time.sleep(rng.uniform(0, 2.0))
+                asked = time.monotonic()
+                process.terminate()
+                code = process.wait()
+                seconds.append(time.monotonic() - asked)
+                assert code in (STOPPED, -signal.SIGTERM), code
+        numbers = {"median (s)": statistics.median(seconds), "longest (s)": max(seconds)}
+        rows.append({"phase": phase, "times": times, **numbers})
+        print(rows[-1], flush=True)
+    return rows
+
+
+@contextmanager
+def started(folder: Path, rng: Random, *settings: str) -> Iterator[subprocess.Popen[bytes]]:
+    """The run `demo` from its beginning, without prepared tokens; killed at the end, if it still lives."""
+    for name in ("run", "cache"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    places = [f"run.dir={folder}/run", f"data.cache={folder}/cache"]
+    command = [sys.executable, "-m", "lmtrain", "train", "demo", "train.threads=1", "log.every=1", *places, *settings]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def wait_until(process: subprocess.Popen[bytes], condition: Callable[[], bool]) -> None:
+    while not condition():
+        assert process.poll() is None, f"the run ended with {process.returncode}"
+        time.sleep(0.01)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gigabytes", type=float, default=0.5)
+    parser.add_argument("--repeats", type=int, default=7, help="of each save")
+    parser.add_argument("--times", type=int, default=10, help="stops in each phase")
+    parser.add_argument("--folder", help="where to write; default: the system's folder for temporary files")
+    parser.add_argument("--json", metavar="FILE", help="keep the numbers")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        tables = {"saves": costs(Path(folder), arguments.gigabytes, arguments.repeats)}
+        tables["stops"] = stops(Path(folder), arguments.times, Random(0))
+    publish_all(tables, arguments.json)
+
+
+if __name__ == "__main__":
+    main()
