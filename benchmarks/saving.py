@@ -1,8 +1,9 @@
 """What safe checkpoints cost, and how long a run takes to stop: python benchmarks/saving.py [--json FILE]
 
 Seconds to write the same float32 tensors: by torch.save and by safetensors, as they are and followed by fsync, and by
-ours, which hashes every byte, syncs every file and folder, reads all of it back, and then looks which old ones may go.
-Beside them the parts: hashing, and reading back. In turn, on the disk of --folder; every file is written anew.
+ours, which hashes every byte, syncs every file and folder, reads all of it back, and then removes old ones. Beside them
+its parts: hashing, and reading back. In turn, on the disk of --folder; every file is written anew. CPU seconds are
+those of this process, system included: they hold on a busy machine, too.
 
 Seconds from SIGTERM to the end of the process, at random moments of each phase of the run `demo`: saved where it stood.
 Before it has opened its folder there is nothing to save, and it ends at once.
@@ -31,7 +32,7 @@ import torch
 from report import publish_all
 
 from lmtrain import checkpoint
-from lmtrain.bench.measure import timed_in_turn
+from lmtrain.checkpoint.shelf import candidates
 from lmtrain.run import read_metrics
 
 KEPT = 3  # checkpoints, as by default
@@ -55,7 +56,7 @@ def costs(folder: Path, gigabytes: float, repeats: int) -> list[dict[str, Any]]:
     third = count // 3  # parameters; the rest are their two moments
     groups = {"model": dict(list(tensors.items())[:third]), "optimizer": dict(list(tensors.items())[third:])}
     size = 4 * SLICE * count / 1e9
-    numbers = iter(range(10**6))
+    numbers, verified = iter(range(10**6)), checkpoint.Verified()
 
     def fresh() -> Path:
         return folder / f"plain-{next(numbers)}"
@@ -74,24 +75,36 @@ def costs(folder: Path, gigabytes: float, repeats: int) -> list[dict[str, Any]]:
         safetensors.torch.save_file(tensors, path)
 
     def ours() -> None:
-        checkpoint.save(folder / "ours", next(numbers), groups, {})
+        verified.add(checkpoint.save(folder / "ours", next(numbers), groups, {}))
+        checkpoint.retain(folder / "ours", KEPT, verified=verified)
 
     runs: dict[str, Callable[[], Any]] = {
-        "torch.save": lambda: plainly(by_torch, False),
-        "torch.save, fsync": lambda: plainly(by_torch, True),
-        "safetensors": lambda: plainly(by_safetensors, False),
-        "safetensors, fsync": lambda: plainly(by_safetensors, True),
-        "ours: hashed, synced, read back": ours,
-        f"of old ones, {KEPT} to be kept: what may go": lambda: checkpoint.retain(folder / "ours", KEPT),
-        "part: sha256 of what is in memory": lambda: [hashlib.sha256(one.numpy()) for one in tensors.values()],
-        "part: reading back and hashing": lambda: checkpoint.verify(newest(folder / "ours")),
+        "`torch.save`": lambda: plainly(by_torch, False),
+        "`torch.save`, fsync": lambda: plainly(by_torch, True),
+        "`safetensors.torch.save_file`": lambda: plainly(by_safetensors, False),
+        "`safetensors.torch.save_file`, fsync": lambda: plainly(by_safetensors, True),
+        "a checkpoint: hashed, synced, read back, old ones removed": ours,
+        "of that: hashing": lambda: [hashlib.sha256(one.numpy()) for one in tensors.values()],
+        "of that: reading back and hashing": lambda: checkpoint.verify(candidates(folder / "ours")[0]),
     }
     for run in runs.values():
         run()
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            run()
+            seconds[name].append((time.perf_counter() - wall, time.process_time() - cpu))
     rows = []
-    for name, timing in timed_in_turn(runs, repeats).items():
-        seconds = {"seconds per GB": timing.median / size, "least": timing.least / size, "most": timing.most / size}
-        rows.append({"what": name, "GB": round(size, 3), "times": repeats, **seconds})
+    for name, taken in seconds.items():
+        walls, cpus = zip(*taken)
+        figures = {
+            "seconds per GB": statistics.median(walls) / size,
+            "least": min(walls) / size,
+            "most": max(walls) / size,
+            "CPU seconds per GB": statistics.median(cpus) / size,
+        }
+        rows.append({"what": name, "GB": round(size, 3), "times": repeats, **figures})
     return rows
 
 
@@ -99,12 +112,6 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
-
-
-def newest(folder: Path) -> Path:
-    found, _ = checkpoint.newest(folder)
-    assert found is not None
-    return found
 
 
 def stops(folder: Path, times: int, rng: Random) -> list[dict[str, Any]]:

@@ -40,6 +40,7 @@ class Saver:
         self.keep, self.background, self.complain = keep, background, complain
         self.saved_step = -1
         self.seconds = 0.0
+        self._verified = checkpoint.Verified()
         self._thread: threading.Thread | None = None
         self._ended: _Ended | None = None
 
@@ -115,7 +116,8 @@ class Saver:
         path, began = None, time.perf_counter()
         try:
             path = checkpoint.save(self.run.checkpoints, step, tensors, state, world=self.world.size, **made_from)
-            checkpoint.retain(self.run.checkpoints, self.keep)
+            self._verified.add(path)
+            checkpoint.retain(self.run.checkpoints, self.keep, verified=self._verified)
             self._ended = _Ended(step, path, time.perf_counter() - began)
         except Exception as error:
             self._ended = _Ended(step, path, time.perf_counter() - began, error)

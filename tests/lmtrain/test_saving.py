@@ -150,7 +150,7 @@ def test_a_bug_in_the_thread_ends_the_run(run: RunDirectory, gate: Gate) -> None
 
 
 def test_old_checkpoints_that_stay_are_a_warning(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
-    def retain(folder: Path, keep: int) -> None:
+    def retain(folder: Path, keep: int, verified: checkpoint.Verified) -> None:
         raise PermissionError("not yours")
 
     monkeypatch.setattr(saving.checkpoint, "retain", retain)
