@@ -1,8 +1,8 @@
 """What safe checkpoints cost, and how long a run takes to stop: python benchmarks/saving.py [--json FILE]
 
 Seconds to write the same float32 tensors: by torch.save and by safetensors, as they are and followed by fsync, and by
-ours, which hashes every byte, syncs every file and folder, reads all of it back, and then removes old ones. Beside them
-its parts: hashing, and reading back. In turn, on the disk of --folder; every file is written anew. CPU seconds are
+ours, which hashes every byte, syncs every file and folder, reads all of it back. Beside them its parts: hashing, and
+reading back. In turn, on the disk of --folder, each into an empty folder. CPU seconds are
 those of this process, system included: they hold on a busy machine, too.
 
 Seconds from SIGTERM to the end of the process, at random moments of each phase of the run `demo`: saved where it stood.
@@ -32,10 +32,8 @@ import torch
 from report import publish_all
 
 from lmtrain import checkpoint
-from lmtrain.checkpoint.shelf import candidates
 from lmtrain.run import read_metrics
 
-KEPT = 3  # checkpoints, as by default
 SLICE = 4_000_000  # numbers in a tensor
 STOPPED = 75
 
@@ -56,45 +54,39 @@ def costs(folder: Path, gigabytes: float, repeats: int) -> list[dict[str, Any]]:
     third = count // 3  # parameters; the rest are their two moments
     groups = {"model": dict(list(tensors.items())[:third]), "optimizer": dict(list(tensors.items())[third:])}
     size = 4 * SLICE * count / 1e9
-    numbers, verified = iter(range(10**6)), checkpoint.Verified()
+    place, kept = folder / "new", checkpoint.save(folder / "kept", 1, groups, {})
 
-    def fresh() -> Path:
-        return folder / f"plain-{next(numbers)}"
+    def synced(write: Callable[[], Any]) -> None:
+        write()
+        descriptor = os.open(place / "plain", os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
 
-    def plainly(write: Callable[[Path], Any], synced: bool) -> None:
-        path = fresh()
-        write(path)
-        if synced:
-            sync(path)
-        path.unlink()
+    def by_torch() -> None:
+        torch.save(tensors, place / "plain")
 
-    def by_torch(path: Path) -> None:
-        torch.save(tensors, path)
-
-    def by_safetensors(path: Path) -> None:
-        safetensors.torch.save_file(tensors, path)
-
-    def ours() -> None:
-        verified.add(checkpoint.save(folder / "ours", next(numbers), groups, {}))
-        checkpoint.retain(folder / "ours", KEPT, verified=verified)
+    def by_safetensors() -> None:
+        safetensors.torch.save_file(tensors, place / "plain")
 
     runs: dict[str, Callable[[], Any]] = {
-        "`torch.save`": lambda: plainly(by_torch, False),
-        "`torch.save`, fsync": lambda: plainly(by_torch, True),
-        "`safetensors.torch.save_file`": lambda: plainly(by_safetensors, False),
-        "`safetensors.torch.save_file`, fsync": lambda: plainly(by_safetensors, True),
-        "a checkpoint: hashed, synced, read back, old ones removed": ours,
+        "`torch.save`": by_torch,
+        "`torch.save`, fsync": lambda: synced(by_torch),
+        "`safetensors.torch.save_file`": by_safetensors,
+        "`safetensors.torch.save_file`, fsync": lambda: synced(by_safetensors),
+        "a checkpoint: hashed, synced, read back": lambda: checkpoint.save(place, 1, groups, {}),
         "of that: hashing": lambda: [hashlib.sha256(one.numpy()) for one in tensors.values()],
-        "of that: reading back and hashing": lambda: checkpoint.verify(candidates(folder / "ours")[0]),
+        "of that: reading back and hashing": lambda: checkpoint.verify(kept),
     }
-    for run in runs.values():
-        run()
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
-    for _ in range(repeats):
+    for number in range(repeats + 1):
         for name, run in runs.items():
+            shutil.rmtree(place, ignore_errors=True)
+            place.mkdir()
+            os.sync()  # nobody waits for what another one wrote
             wall, cpu = time.perf_counter(), time.process_time()
             run()
-            seconds[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+            if number:  # the first round is a warm-up
+                seconds[name].append((time.perf_counter() - wall, time.process_time() - cpu))
     rows = []
     for name, taken in seconds.items():
         walls, cpus = zip(*taken)
@@ -107,12 +99,6 @@ def costs(folder: Path, gigabytes: float, repeats: int) -> list[dict[str, Any]]:
         rows.append({"what": name, "GB": round(size, 3), "times": repeats, **figures})
         print(rows[-1], flush=True)
     return rows
-
-
-def sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
 
 
 def stops(folder: Path, times: int, rng: Random) -> list[dict[str, Any]]:
