@@ -1,9 +1,9 @@
 """What safe checkpoints cost, and how long a run takes to stop: python benchmarks/saving.py [--json FILE]
 
 Seconds to write the same float32 tensors: by torch.save and by safetensors, as they are and followed by fsync, and by
-ours, which hashes every byte, syncs every file and folder, reads all of it back. Beside them its parts: hashing, and
-reading back. In turn, on the disk of --folder, each into an empty folder. CPU seconds are
-those of this process, system included: they hold on a busy machine, too.
+ours, which hashes every byte, syncs every file and folder, and reads all of it back; two parts of that alone. In turn,
+on the disk of --folder, each into an empty folder. CPU seconds are those of the process, system included: they hold on
+a busy machine, too.
 
 Seconds from SIGTERM to the end of the process, at random moments of each phase of the run `demo`: saved where it stood.
 Before it has opened its folder there is nothing to save, and it ends at once.
@@ -69,13 +69,13 @@ def costs(folder: Path, gigabytes: float, repeats: int) -> list[dict[str, Any]]:
         safetensors.torch.save_file(tensors, place / "plain")
 
     runs: dict[str, Callable[[], Any]] = {
+        "hashing alone": lambda: [hashlib.sha256(one.numpy()) for one in tensors.values()],
+        "reading back and hashing alone": lambda: checkpoint.verify(kept),
         "`torch.save`": by_torch,
         "`torch.save`, fsync": lambda: synced(by_torch),
         "`safetensors.torch.save_file`": by_safetensors,
         "`safetensors.torch.save_file`, fsync": lambda: synced(by_safetensors),
         "a checkpoint: hashed, synced, read back": lambda: checkpoint.save(place, 1, groups, {}),
-        "of that: hashing": lambda: [hashlib.sha256(one.numpy()) for one in tensors.values()],
-        "of that: reading back and hashing": lambda: checkpoint.verify(kept),
     }
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     for number in range(repeats + 1):
