@@ -1,8 +1,8 @@
 """What safe checkpoints cost, and how long a run takes to stop: python benchmarks/saving.py [--json FILE]
 
 Seconds to write the same float32 tensors: by torch.save and by safetensors, as they are and followed by fsync, and by
-ours, which hashes every byte, syncs every file and folder, and reads all of it back; two parts of that alone. In turn,
-on the disk of --folder, each into an empty folder. CPU seconds are those of the process, system included: they hold on
+ours, which hashes every byte, syncs every file and folder, and reads all of it back; two parts of that alone. In turns
+of random order, on the disk of --folder, each into an empty folder. CPU seconds are those of the process, system included: they hold on
 a busy machine, too.
 
 Seconds from SIGTERM to the end of the process, at random moments of each phase of the run `demo`: saved where it stood.
@@ -47,7 +47,7 @@ PHASES: dict[str, list[str]] = {
 """What makes the run spend most of its time there."""
 
 
-def costs(folder: Path, gigabytes: float, repeats: int) -> list[dict[str, Any]]:
+def costs(folder: Path, gigabytes: float, repeats: int, rng: Random) -> list[dict[str, Any]]:
     """A row for each way to save: seconds per GB, median, least and most."""
     count = max(3, round(gigabytes * 1e9 / 4 / SLICE) // 3 * 3)
     tensors = {f"{index:03}": torch.randn(SLICE) for index in range(count)}
@@ -79,7 +79,7 @@ def costs(folder: Path, gigabytes: float, repeats: int) -> list[dict[str, Any]]:
     }
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     for number in range(repeats + 1):
-        for name, run in runs.items():
+        for name, run in rng.sample(list(runs.items()), len(runs)):
             shutil.rmtree(place, ignore_errors=True)
             place.mkdir()
             os.sync()  # nobody waits for what another one wrote
@@ -176,7 +176,7 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="keep the numbers")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        tables = {"saves": costs(Path(folder), arguments.gigabytes, arguments.repeats)}
+        tables = {"saves": costs(Path(folder), arguments.gigabytes, arguments.repeats, Random(0))}
         tables["stops"] = stops(Path(folder), arguments.times, Random(0))
     publish_all(tables, arguments.json)
 
