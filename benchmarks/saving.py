@@ -2,8 +2,8 @@
 
 Seconds to write the same float32 tensors: by torch.save and by safetensors, as they are and followed by fsync, and by
 ours, which hashes every byte, syncs every file and folder, and reads all of it back; two parts of that alone. In turns
-of random order, on the disk of --folder, each into an empty folder. CPU seconds are those of the process, system included: they hold on
-a busy machine, too.
+of random order, on the disk of --folder, each into an empty folder. CPU seconds are those of the process, system
+included: they hold on a busy machine, too.
 
 Seconds from SIGTERM to the end of the process, at random moments of each phase of the run `demo`: saved where it stood.
 Before it has opened its folder there is nothing to save, and it ends at once.
