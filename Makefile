@@ -3,6 +3,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/demo
+# A file of tests is run by one process, for what it trains serves all of them.
+PARALLEL := -n auto --maxprocesses 8 --dist loadfile
 
 .PHONY: demo test test-all check docs clean
 
@@ -21,10 +23,10 @@ demo: .venv/.ready  ## train a small model on real text, score it, let it write
 	@echo "TensorBoard: $(BIN)/tensorboard --logdir runs"
 
 test: .venv/.ready  ## all tests but those marked slow
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest $(PARALLEL) -m 'not slow'
 
 test-all: .venv/.ready  ## the slow ones too
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 check: .venv/.ready  ## style and types
 	$(BIN)/ruff format --check .

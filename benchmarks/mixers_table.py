@@ -5,34 +5,64 @@
 Writes benchmarks/results/NAME.json, whose rows the second command puts into the pages, and docs/NAME.svg. A row for
 each mixer, best first: the mean over seeds and half the width of its 95 % interval (Student's t). Only a sweep with one
 size and one number of tokens is one table.
+
+Runs of a sweep share the machine, with each other and with whatever else ran in these hours: for the column of speeds
+each mixer trains a few steps again, alone, one mixer after the other, in several rounds.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
+from collections.abc import Mapping
 from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from report import publish_all
 
 from lmtrain.report.figures import STATE_LENGTH, state_bytes, variants_chart
 from lmtrain.report.svg import draw
+from lmtrain.run import read_metrics
 from lmtrain.sweep.comparison import Collected, read_sweep
 from lmtrain.sweep.seeds import Cell, Variants
 
 ROOT = Path(__file__).parent.parent
+STEPS, WARM_UP = 12, 4
 
 
-def rows_of(collected: Collected, variants: Variants) -> list[dict[str, Any]]:
+def speeds(sweep: Path, variants: Variants, rounds: int) -> dict[str, float]:
+    """Variant -> tokens per second of training with one thread: the median over the steps of all rounds."""
+    folders = {cell.variant: next(sweep.glob(f"*-{cell.runs[0].hash}")) for cell in variants.cells}
+    seen: dict[str, list[float]] = {variant: [] for variant in folders}
+    for _ in range(rounds):
+        for variant, folder in folders.items():
+            seen[variant] += _pace(folder / "config.yaml")
+    return {variant: median(values) for variant, values in seen.items()}
+
+
+def _pace(config: Path) -> list[float]:
+    """Tokens per second in each of a few steps."""
+    with TemporaryDirectory() as folder:
+        words = [f"train.steps={STEPS}", "train.threads=1", "log.every=1", "eval.tokens=1024", f"run.dir={folder}/run"]
+        command = [sys.executable, "-m", "lmtrain", "train", str(config), *words]
+        subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+        rows = read_metrics(Path(folder) / "run")
+    return [row["tokens_per_second"] for row in rows if "split" not in row and row["step"] > WARM_UP]
+
+
+def rows_of(collected: Collected, variants: Variants, paces: Mapping[str, float]) -> list[dict[str, Any]]:
     """A row for each variant, least loss first. ValueError if they were not run at one place."""
     if len(variants.places) > 1:
         raise ValueError(f"{collected.name}: one table for {' and '.join(variants.places)}? use lmtrain sweep report")
     ranked = sorted(variants.cells, key=lambda cell: cell.mean(collected.loss).value)
-    return [_row(collected, cell) for cell in ranked]
+    return [_row(collected, cell, paces[cell.variant]) for cell in ranked]
 
 
-def _row(collected: Collected, cell: Cell) -> dict[str, Any]:
+def _row(collected: Collected, cell: Cell, pace: float) -> dict[str, Any]:
     loss, first = cell.mean(collected.loss), cell.runs[0]
     return {
         "mixer": f"`{cell.variant}`",
@@ -40,7 +70,7 @@ def _row(collected: Collected, cell: Cell) -> dict[str, Any]:
         "seeds": loss.count,
         "million parameters": round(first.parameters_total / 1e6, 2),
         "MFLOPs per token": round(first.flops_per_token / 1e6, 2),
-        "tokens/s": f"{cell.mean(lambda run: run.tokens_per_second).value:,.0f}",
+        "tokens/s": f"{pace:,.0f}",
         f"state at {STATE_LENGTH // 1024}k, bytes": f"{state_bytes(first):,.0f}",
         "strict": "yes" if first.strict else "no",
     }
@@ -51,11 +81,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweep", type=Path, help="the folder of a sweep with its results")
     parser.add_argument("--name", default="mixers", help="of both files (mixers)")
+    parser.add_argument("--rounds", type=int, default=3, help="of training steps for the column of speeds (3)")
     arguments = parser.parse_args()
     collected = read_sweep(arguments.sweep)
     variants = Variants(collected)
+    paces = speeds(arguments.sweep, variants, arguments.rounds)
     results = ROOT / "benchmarks/results" / f"{arguments.name}.json"
-    publish_all({"rows": rows_of(collected, variants)}, str(results))
+    publish_all({"rows": rows_of(collected, variants, paces)}, str(results))
     kept = json.loads(results.read_text())
     kept["sweep"] = {
         "name": collected.name,

@@ -137,7 +137,6 @@ def _cells(row: dict[str, Any]) -> dict[str, Any]:
         f"> {LEARNT} at step": learnt_at(row),
         "pairs per token": f"{row['pairs_per_token']:.0f}",
         "parameters": f"{row['parameters']:,}",
-        "minutes": f"{row['seconds'] / 60:.1f}",
     }
 
 

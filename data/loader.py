@@ -28,7 +28,7 @@ class Batch:
 
     labels: the next token, or -100 where it is unscored.
     positions, document_ends: None if documents are concatenated, else see `Loader`.
-    first_sample: global index of row 0; the rows are consecutive samples, but for those never read.
+    samples: global index of each row: consecutive ones, but for those never read.
     begins: the rows do not go on from those of the step before; always so without `stream`.
     crc: sum modulo 2^32, over the rows, of the crc32 of a row's T + 1 token ids as little-endian uint32.
         Summed over the micro-batches and ranks of a step, it tells which data the step read, on any world.
@@ -38,9 +38,14 @@ class Batch:
     labels: Tensor
     positions: Tensor | None
     document_ends: Tensor | None
-    first_sample: int
+    samples: tuple[int, ...]
     begins: bool
     crc: int
+
+    @property
+    def first_sample(self) -> int:
+        """Of row 0."""
+        return self.samples[0]
 
     def part(self, tokens: slice) -> Batch:
         """The same windows, of each only the tokens start..stop-1: what one of the ranks that share them reads.
@@ -160,7 +165,6 @@ class Loader(Batches):
         self.documents = documents
 
     def _batch(self, samples: np.ndarray) -> Batch:
-        first_sample = int(samples[0])
         starts = self.order.starts(samples)
         windows = [self.dataset.tokens[start : start + self.seq_len + 1] for start in starts]
         rows = np.stack([np.asarray(window, dtype=np.int64) for window in windows])
@@ -177,8 +181,8 @@ class Loader(Batches):
             torch.from_numpy(labels),
             None if positions is None else torch.from_numpy(positions),
             None if ends is None else torch.from_numpy(ends),
-            first_sample,
-            self.order.begins(first_sample),
+            tuple(samples.tolist()),
+            self.order.begins(int(samples[0])),
             crc,
         )
 

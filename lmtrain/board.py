@@ -21,7 +21,10 @@ def curves_of_step(row: dict[str, Any], seen: Pace) -> dict[str, float]:
 
 
 class Board:
-    """Writes scalars under `folder`; `complain` is told once if writing fails."""
+    """Writes scalars under `folder`; `complain` is told once if writing fails.
+
+    purge_step: the step from which on what was written there before does not count any more.
+    """
 
     def __init__(
         self, folder: Path, complain: Callable[[str], None], enabled: bool = True, purge_step: int = 0
@@ -32,17 +35,17 @@ class Board:
             self._guard(lambda: self._open(folder, purge_step))
 
     def _open(self, folder: Path, purge_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+        from lmtrain.event_file import EventFile  # TensorBoard takes a while to import, and not every run wants it
 
-        self._writer = SummaryWriter(str(folder), purge_step=purge_step or None)
+        self._writer = EventFile(folder, purge_step)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Write each value under its tag."""
         if self._writer is not None:
-            self._guard(lambda: [self._writer.add_scalar(tag, value, step) for tag, value in values.items()])
+            self._guard(lambda: self._writer.scalars(values, step))
 
     def close(self) -> None:
-        """Flush and close."""
+        """No more is to come."""
         if self._writer is not None:
             self._guard(self._writer.close)
 

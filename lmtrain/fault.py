@@ -8,6 +8,7 @@
     step=N:raise           RuntimeError there
     step=N:term            SIGTERM there
     sample=N:tokens=random the micro-batch with sample N holds random tokens, whenever it is read
+    sample=N:grad=nan      the gradients of that micro-batch become NaN
 
 of all ranks, or with `:rank=R` behind it of one. Unset, as in every real run, each hook is one look at the environment
 and returns.
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 VARIABLE = "LMTRAIN_FAULT"
 _GRAMMAR = re.compile(
     r"(?P<what>save:bytes=[0-9]+|save:before=(?:commit|latest|retention)|step=[0-9]+:(?:grad=nan|kill|stall|raise|term)"
-    r"|sample=[0-9]+:tokens=random)"
+    r"|sample=[0-9]+:(?:tokens=random|grad=nan))"
     r"(?::rank=(?P<rank>[0-9]+))?"
 )
 _checkpoint_bytes = 0  # counted only while a `save:bytes` fault is set
@@ -70,18 +71,14 @@ def before(point: str) -> None:
 
 def before_forward(batch: Batch) -> Batch:
     """Called with each micro-batch: the same, or one of random tokens that nobody can predict."""
-    for fault in _faults():
-        if fault.startswith("sample="):
-            place = int(fault.removeprefix("sample=").partition(":")[0]) - batch.first_sample
-            if 0 <= place < len(batch.tokens):
-                return _scrambled(batch)
-    return batch
+    return _scrambled(batch) if _is_about(batch, "tokens=random") else batch
 
 
-def before_backward(step: int, loss: Tensor) -> Tensor:
-    """Called with each loss of step `step`: the same, or one whose gradients are NaN. (Of gradients themselves an
-    engine may have made something else by the time of the update.)"""
-    return loss * float("nan") if f"step={step}:grad=nan" in _faults() else loss
+def before_backward(step: int, batch: Batch, loss: Tensor) -> Tensor:
+    """Called with the loss of each micro-batch of step `step`: the same, or one whose gradients are NaN. (Of gradients
+    themselves an engine may have made something else by the time of the update.)"""
+    spoilt = f"step={step}:grad=nan" in _faults() or _is_about(batch, "grad=nan")
+    return loss * float("nan") if spoilt else loss
 
 
 def before_update(step: int) -> None:
@@ -95,6 +92,12 @@ def before_update(step: int) -> None:
         raise RuntimeError(f"raised on purpose at step {step}")
     if f"step={step}:term" in faults:
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _is_about(batch: Batch, what: str) -> bool:
+    """Whether one of its samples has this fault."""
+    faults = _faults()
+    return bool(faults) and any(f"sample={sample}:{what}" in faults for sample in batch.samples)
 
 
 def _scrambled(batch: Batch) -> Batch:

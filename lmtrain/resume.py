@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from lmtrain import checkpoint
 from lmtrain.config import Config
+from lmtrain.counters import is_count, misfits
 from lmtrain.run import RunFolder
 from lmtrain.spikes import Spikes
 
@@ -62,39 +61,18 @@ def _asked(run: RunFolder, resume: Path, newest: Path | None) -> tuple[str, bool
     return str(resume), own
 
 
-_COUNTS = ("step", "samples", "tokens", "skipped", "skips_in_a_row", "seq_len")
-
-
 def check_state(loaded: checkpoint.Checkpoint) -> None:
     """ValueError if the state of the checkpoint is not that of a training run."""
     state = loaded.state if isinstance(loaded.state, dict) else {}
-    counts = (*_COUNTS, "rows", "micro_batch") if "streams" in state else _COUNTS
-    wrong = [key for key in counts if not _is_count(state.get(key))]
-    if not _is_count(state.get("rollbacks", 0)):
-        wrong.append("rollbacks")
-    unread = state.get("unread", [])
-    if not isinstance(unread, list) or not all(_is_range(pair) for pair in unread):
-        wrong.append("unread")
-    spikes = state.get("spikes", Spikes().state())
-    if not isinstance(spikes, dict) or not all(_are_numbers(spikes.get(key)) for key in Spikes().state()):
+    counts = ("seq_len", "rows", "micro_batch") if "streams" in state else ("seq_len",)
+    wrong = misfits(state) + [key for key in counts if not is_count(state.get(key))]
+    if "spikes" in state and not Spikes.is_state(state["spikes"]):  # earlier versions had none
         wrong.append("spikes")
     wrong += [key for key in ("fingerprint", "parent") if not isinstance(state.get(key, ...), str | None)]
     if wrong:
         raise ValueError(f"checkpoint {loaded.path}: its state lacks {', '.join(wrong)}, or has something else there")
     if state["step"] != loaded.step:
         raise ValueError(f"checkpoint {loaded.path}: its state is of step {state['step']}, not {loaded.step}")
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**63
-
-
-def _is_range(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(map(_is_count, value)) and value[0] <= value[1]
-
-
-def _are_numbers(value: Any) -> bool:
-    return isinstance(value, list) and all(type(number) is float and math.isfinite(number) for number in value)
 
 
 def refuse_others(loaded: checkpoint.Checkpoint, config: Config, fingerprint: str, ranks: int) -> None:

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 WINDOW = 128
 LEAST = 32
@@ -76,9 +77,18 @@ class Spikes:
         """What a checkpoint keeps, as JSON, which writes float64 exactly."""
         return {"loss": list(self.loss.values), "grad_norm": list(self.grad_norm.values)}
 
+    @staticmethod
+    def is_state(kept: Any) -> bool:
+        """Whether a value of JSON is such a state."""
+        return isinstance(kept, dict) and all(_are_finite(kept.get(key)) for key in ("loss", "grad_norm"))
+
     def load(self, kept: Mapping[str, Iterable[float]]) -> None:
         """Take over what `state` returned."""
         self.loss, self.grad_norm = Usual(kept["loss"]), Usual(kept["grad_norm"])
+
+
+def _are_finite(value: Any) -> bool:
+    return isinstance(value, list) and all(type(number) is float and math.isfinite(number) for number in value)
 
 
 def _log(norm: float) -> float:

@@ -64,7 +64,7 @@ FAULTS = {
         "a loss or gradient is not finite: once, on one rank only, several times in a row",
         "The whole update is skipped on all ranks, and weights and moments keep every bit; it is counted. After "
         "`train.max_skips` in a row the run goes back to the last good checkpoint and leaves those samples out; after "
-        "`train.max_rollbacks` of that it ends with exit code 4 and the reason.",
+        "`train.max_rollbacks` of that it ends with exit code 4 and the reason. The offending batches are kept.",
     ),
     10: Fault(
         "batches of garbage: the loss jumps",

@@ -1,4 +1,4 @@
-"""Several processes on this machine that talk through gloo, for tests; a hang ends in their stacks, not in silence."""
+"""Processes for tests: commands, which end with their test; ranks that talk through gloo, whose stacks show a hang."""
 
 from __future__ import annotations
 
@@ -7,18 +7,48 @@ import multiprocessing
 import os
 import pickle
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-SECONDS = 120.0  # for the slowest machine; what hangs, hangs for ever
+SECONDS = 300.0  # for the slowest and busiest machine; what hangs, hangs for ever
+
+_begun: list[subprocess.Popen[str]] = []
+
+
+def begin(command: Sequence[str], **how: Any) -> subprocess.Popen[str]:
+    """A command in a process of its own, which ends at the latest with the test. how: as of `subprocess.Popen`."""
+    _begun.append(subprocess.Popen(command, text=True, **how))
+    return _begun[-1]
+
+
+def end_all() -> None:
+    """No process that a test began outlives it; a launcher may end its own first."""
+    while _begun:
+        process = _begun.pop()
+        if process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def wait_until(true: Callable[[], object], seconds: float = SECONDS) -> None:
+    """AssertionError if it does not become true."""
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)
 
 
 def run_ranks(

@@ -27,14 +27,15 @@ def test_rows_are_means_with_their_interval_best_first(made: ModuleType) -> None
         alike = {"mixers": (mixer,), "sizes": (10**6,), "tokens": (10**8,), "seeds": (1, 2, 3)}
         runs += a_grid(**alike, loss=lambda N, D, rho, seed, losses=losses: losses[seed - 1])
     collected = collect("x", [run.__class__(**vars(run) | {"bits_per_byte": run.loss}) for run in runs])
-    rows = made.rows_of(collected, Variants(collected))
+    rows = made.rows_of(collected, Variants(collected), {"local": 1234.5, "dense": 1000.0})
     assert [row["mixer"] for row in rows] == ["`local`", "`dense`"]
     half = stats.t.ppf(0.975, 2) * stats.sem(LOSSES["dense"])
     assert rows[1]["bits per byte"] == f"{sum(LOSSES['dense']) / 3:.3f} ± {half:.3f}"
+    assert [row["tokens/s"] for row in rows] == ["1,234", "1,000"]
     assert (rows[0]["seeds"], rows[0]["strict"], rows[0]["state at 64k, bytes"]) == (3, "yes", "5,000,000")
 
 
 def test_several_sizes_are_no_table(made: ModuleType) -> None:
     collected = collect("x", a_grid())
     with pytest.raises(ValueError, match="one table for size s0, 100,000,000 tokens and"):
-        made.rows_of(collected, Variants(collected))
+        made.rows_of(collected, Variants(collected), {})

@@ -79,4 +79,4 @@ class TaskLoader(Batches):
     def _batch(self, samples: np.ndarray) -> Batch:
         tokens, labels = self.dataset.at(samples)
         crc = sum(zlib.crc32(row) for row in np.hstack([tokens, labels]).astype("<i4")) % 2**32
-        return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), None, None, int(samples[0]), True, crc)
+        return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), None, None, tuple(samples.tolist()), True, crc)

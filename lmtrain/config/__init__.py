@@ -259,13 +259,27 @@ def _without_effect(config: Config, written: Node) -> list[Problem]:
         where, _ = _origin(written, effect.key)
         if where == DEFAULT or effect.has_effect(config):
             continue
-        if where != COMMAND_LINE and _origin(written, effect.decider)[0] == COMMAND_LINE:
+        overridden = _overridden_at(written, effect.key)
+        if not overridden and _origin(written, effect.decider)[0] == COMMAND_LINE:
             section, name = effect.key.split(".")
             setattr(getattr(config, section), name, getattr(SECTIONS[section](), name))
         else:
             decision = f"{effect.decider} {_at(_resolved(config), effect.decider)}"
-            problems.append(Problem("", effect.key, f"has no effect with {decision}: {effect.reason}"))
+            message = f"has no effect with {decision}: {effect.reason}"
+            problems += [Problem("", key, message) for key in overridden or [effect.key]]
     return problems
+
+
+def _overridden_at(written: Node, key: str) -> list[str]:
+    """The keys that the command line wrote, at or below one that is written."""
+    node = written
+    for name in key.split("."):
+        assert isinstance(node.value, dict), key
+        node = node.value[name]
+    if node.where == COMMAND_LINE:
+        return [key]
+    below = node.value if isinstance(node.value, dict) else ()
+    return [found for name in below for found in _overridden_at(written, f"{key}.{name}")]
 
 
 def _checked(checks: Iterable[Check], config: Config, provisional: bool) -> Iterable[Problem]:

@@ -157,6 +157,14 @@ def read_row(path: Path) -> dict[str, Any]:
     return row
 
 
+def no_texts(task: str) -> str:
+    """Why examples of a synthetic task are not compared here, and where their numbers are."""
+    return (
+        f"{task} is a synthetic task, and texts are compared; lmtrain eval RUN --on {task} of each run says its "
+        "accuracy on the same held-out examples, with its standard error"
+    )
+
+
 def text_sha256(dataset: TokenDataset) -> str:
     """Identifies the text of a split and the borders of its documents, whatever the tokenizer."""
     digest = hashlib.sha256()
@@ -212,6 +220,8 @@ def _counts(row: Mapping[str, Any]) -> tuple[int, int]:
 
 def _malformed(row: Any) -> str | None:
     """What a kept result lacks to be compared; None if nothing."""
+    if isinstance(row, dict) and isinstance(row.get("task"), str):
+        return no_texts(row["task"])
     if not isinstance(row, dict) or "by_document" not in row:
         return "has no numbers by document; make it with lmtrain eval --by-document"
     wrong = [key for key, kind in _NEEDED.items() if not isinstance(row.get(key, ...), kind)]

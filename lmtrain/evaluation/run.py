@@ -8,13 +8,13 @@ from typing import Any
 
 from data.dataset import TokenDataset
 from lmtrain.evaluation import plot as evaluation_plot
-from lmtrain.evaluation.compare import Comparison, compare, read_row, text_sha256
+from lmtrain.evaluation.compare import Comparison, compare, no_texts, read_row, text_sha256
 from lmtrain.evaluation.contexts import evaluate_by_context
 from lmtrain.evaluation.evaluate import Evaluation, evaluate, evaluate_carried
 from lmtrain.evaluation.result import write_result
 from lmtrain.picture import check_picture
 from lmtrain.restore import Restored, open_run
-from lmtrain.setup import read_split
+from lmtrain.setup import read_split, read_task
 from lmtrain.waiting import Waiting
 
 
@@ -94,7 +94,12 @@ def compare_runs(a: Path, b: Path, asked: Asked) -> Comparison:
 
 
 def _row(path: Path, asked: Asked) -> dict[str, Any]:
-    return read_row(path) if path.is_file() else evaluate_run(path, replace(asked, by_document=True)).row
+    if path.is_file():
+        return read_row(path)
+    restored = open_run(path)
+    if (task := read_task(restored.config, restored.tokenizer, asked.on)) is not None:
+        raise ValueError(f"{path}: {no_texts(task.task.name)}")
+    return evaluate_run(restored, replace(asked, by_document=True)).row
 
 
 def _evaluate(restored: Restored, dataset: TokenDataset, asked: Asked) -> Evaluation:

@@ -7,6 +7,7 @@
     status.json        running, stopped, done or failed; at which step; why
     log.txt            the lines people read
     checkpoints/  eval/  tensorboard/
+    offending/         batches of steps that went wrong, see `lmtrain.offending`
     lock               who is at work, see `lmtrain.run.lock`
 
 One process writes; the others of a run have a `RunFolder`. `read_metrics` and `read_status` need no lock.

@@ -8,9 +8,10 @@ from lmtrain.scaling.fitted import LEVEL, Fitted, Interval, fit, fit_sparse, hel
 from lmtrain.scaling.forms import EFFECTIVE, LOGARITHM, PLAIN, Form, Points, distinct
 from lmtrain.scaling.isoflop import IsoFlop, budgets, isoflop
 from lmtrain.scaling.search import Laws, search
-from lmtrain.scaling.seeds import Mean, mean_of
+from lmtrain.scaling.seeds import CONFIDENCE, Mean, holm, mean_of
 
 __all__ = [
+    "CONFIDENCE",
     "EFFECTIVE",
     "LEVEL",
     "LOGARITHM",
@@ -27,6 +28,7 @@ __all__ = [
     "fit",
     "fit_sparse",
     "held_out",
+    "holm",
     "isoflop",
     "mean_of",
     "problems",

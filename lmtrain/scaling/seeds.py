@@ -22,9 +22,13 @@ class Mean:
         return f"{self.value:.4f}" + (f" ± {self.half:.4f}" if self.half is not None else "")
 
     @property
-    def beyond_chance(self) -> bool:
-        """Whether 0 lies outside of the interval."""
-        return self.half is not None and abs(self.value) > self.half
+    def p_value(self) -> float | None:
+        """How often a mean so far from 0 comes by chance if the truth is 0; None of a single value."""
+        if self.half is None:
+            return None
+        if self.half == 0:
+            return float(self.value == 0)
+        return 1 - _within(abs(self.value) / self.half * student(self.count - 1), self.count - 1)
 
 
 def mean_of(values: Sequence[float]) -> Mean:
@@ -35,6 +39,17 @@ def mean_of(values: Sequence[float]) -> Mean:
         return Mean(mean, None, 1)
     deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1))
     return Mean(mean, student(count - 1) * deviation / math.sqrt(count), count)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """The p-values of a family of comparisons, raised so that the chance of even one false verdict in the family stays
+    below the level that they are compared with (Holm 1979, Scandinavian Journal of Statistics 6)."""
+    raised = [0.0] * len(p_values)
+    least = 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        least = max(least, min(1.0, (len(p_values) - rank) * p_values[index]))
+        raised[index] = least
+    return raised
 
 
 def student(freedom: int, confidence: float = CONFIDENCE) -> float:

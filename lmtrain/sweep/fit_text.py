@@ -96,5 +96,5 @@ def doubts(fit: MixerFit, law: Fitted) -> list[str]:
 
 def differences_table(differences: list[Difference], unit: str) -> str:
     """Paired differences with their intervals."""
-    head = [f"minus {differences[0].other}", "at", unit, "± (95 %)", "pairs", ""]
-    return table(head, [difference.cells() for difference in differences])
+    told = table(Difference.head(unit), [difference.cells() for difference in differences])
+    return f"Each variant minus {differences[0].other}:\n{told}"

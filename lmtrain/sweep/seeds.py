@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from lmtrain.scaling import Mean, mean_of
+from lmtrain.scaling import CONFIDENCE, Mean, holm, mean_of
 from lmtrain.sweep.comparison import Collected, axes_that_change, mixer_axes, place
 from lmtrain.sweep.result import RunResult
 
@@ -26,27 +26,43 @@ class Cell:
 
 @dataclass(frozen=True)
 class Difference:
-    """Loss of a variant minus that of another, of runs with equal seed and place, in the unit of the comparison."""
+    """Loss of a variant minus that of another, of runs with equal seed and place, in the unit of the comparison.
+
+    p: how often chance alone makes even one difference among all variants at this place look so sure, where none is
+    (Student's t, then Holm's rule for several comparisons); None if there is one pair.
+    """
 
     variant: str
     other: str
     place: str
     mean: Mean
+    p: float | None
 
     def to_json(self) -> dict[str, Any]:
         """For machines."""
-        return {"variant": self.variant, "other": self.other, "place": self.place, **vars(self.mean)}
+        return {"variant": self.variant, "other": self.other, "place": self.place, **vars(self.mean), "p": self.p}
 
     def cells(self) -> list[str]:
-        """For people: variant, place, difference, half of its interval, pairs, and what may be chance."""
+        """For people, below `head`."""
         half = "" if self.mean.half is None else f"{self.mean.half:.4f}"
-        return [self.variant, self.place, f"{self.mean.value:+.4f}", half, str(self.mean.count), self._verdict]
+        p = "" if self.p is None else f"{self.p:.2g}"
+        return [self.variant, self.place, f"{self.mean.value:+.4f}", half, str(self.mean.count), p, self._verdict]
+
+    @staticmethod
+    def head(unit: str) -> list[str]:
+        """The names of `cells`."""
+        return ["variant", "at", unit, f"± ({100 * CONFIDENCE:g} %)", "pairs", "p of all", ""]
+
+    @property
+    def beyond_chance(self) -> bool:
+        """Whether it is one, for all that these pairs say."""
+        return self.p is not None and self.p < 1 - CONFIDENCE
 
     @property
     def _verdict(self) -> str:
-        if self.mean.half is None:
+        if self.p is None:
             return "one pair tells nothing about chance"
-        return "" if self.mean.beyond_chance else "may be chance"
+        return "" if self.beyond_chance else "may be chance"
 
 
 class Variants:
@@ -88,7 +104,7 @@ class Variants:
     def differences(self) -> list[Difference]:
         """Of each variant from the baseline, place by place, then over all places where both were run."""
         cells = {(cell.variant, cell.place): cell for cell in self.cells}
-        found: list[Difference] = []
+        pairs_at: dict[str, dict[str, list[float]]] = {place: {} for place in self.places}
         pooled: dict[str, list[float]] = {}
         for cell in self.cells:
             base = cells.get((self.baseline, cell.place))
@@ -97,13 +113,18 @@ class Variants:
             theirs = {run.seed: self._collected.loss(run) for run in base.runs}
             pairs = [self._collected.loss(run) - theirs[run.seed] for run in cell.runs if run.seed in theirs]
             if pairs:
-                found.append(Difference(cell.variant, self.baseline, cell.place, mean_of(pairs)))
+                pairs_at[cell.place][cell.variant] = pairs
                 pooled.setdefault(cell.variant, []).extend(pairs)
         if len(self.places) > 1:
-            found += [
-                Difference(variant, self.baseline, "all places", mean_of(pairs)) for variant, pairs in pooled.items()
-            ]
-        return found
+            pairs_at["all places"] = pooled
+        return [found for place, pairs in pairs_at.items() for found in self._family(place, pairs)]
+
+    def _family(self, place: str, pairs: dict[str, list[float]]) -> list[Difference]:
+        """The differences at one place: {variant: those of its pairs}."""
+        found = [Difference(name, self.baseline, place, mean_of(values), None) for name, values in pairs.items()]
+        alone = {difference.variant: p for difference in found if (p := difference.mean.p_value) is not None}
+        raised = dict(zip(alone, holm(list(alone.values()))))
+        return [replace(difference, p=raised.get(difference.variant)) for difference in found]
 
     def _label(self, run: RunResult) -> str:
         sparsities = {other.sparsity for other in self._collected.of(run.mixer)}

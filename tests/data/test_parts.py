@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -23,6 +22,7 @@ from data.document import Split
 from data.parts import Part, document_sizes, make_parts
 from data.shards import prepare
 from data.tokenizer import ByteTokenizer, CharacterTokenizer
+from tests.processes import begin, wait_until
 
 ROOT = Path(data.parts.__file__).parents[1]
 TEXTS = [f"some words of document {index}, naïve 文字\n".encode() * (3 * index + 1) for index in range(9)]
@@ -144,7 +144,7 @@ def start(folder: Path, texts: Path, cache: Path, workers: int, hang: bool = Fal
     program.write_text(textwrap.dedent(PREPARE))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HANG": "1" if hang else ""}
     command = [sys.executable, str(program), str(texts), str(cache), str(workers)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return begin(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 @pytest.fixture
@@ -172,10 +172,7 @@ def test_killed_with_processes_at_work_it_goes_on_to_the_same_dataset(large_text
     (parts,) = cache.glob("*.parts")
     assert list(parts.glob("part-*.json"))
     assert not [path for path in cache.iterdir() if path.is_dir() and "." not in path.name]
-    deadline = time.monotonic() + 60
-    while any(os.path.exists(f"/proc/{worker}") for worker in workers):  # nobody is left behind
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: not any(os.path.exists(f"/proc/{worker}") for worker in workers))  # nobody is left behind
     inodes = {path.name: path.stat().st_ino for path in parts.glob("part-*.bin")}
     assert inodes
     out, error = start(tmp_path, large_text, cache, 0).communicate()

@@ -3,12 +3,13 @@
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import count
 
 import pytest
 
 from data.prefetch import prefetch
+from tests.processes import wait_until
 
 
 def threads() -> int:
@@ -20,13 +21,6 @@ def _no_thread_is_left() -> Iterator[None]:
     assert threads() == 0
     yield
     assert threads() == 0
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.001)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 100])

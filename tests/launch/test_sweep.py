@@ -7,7 +7,6 @@ import math
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from lmtrain.sweep.planner import make_plan
 from lmtrain.sweep.result import RunFailure, RunResult
 from lmtrain.sweep.standing import standing_of
 from tests.lmtrain import tiny
+from tests.processes import SECONDS, begin, wait_until
 
 STUB = Path(__file__).parent / "sweep_stub.py"
 AXES = {
@@ -248,14 +248,7 @@ def started(path: Path, out: Path, *options: str) -> subprocess.Popen[str]:
         "1",
         *options,
     ]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 240) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    return begin(command, stderr=subprocess.PIPE)
 
 
 @pytest.mark.fault(20)
@@ -275,12 +268,12 @@ def test_a_driver_that_is_killed_or_stopped_costs_no_step_twice(tmp_path: Path) 
         worker = Holder.read(folder / "lock")
         assert worker is not None
         driver.send_signal(number)
-        assert driver.wait(60) == code
+        assert driver.wait(SECONDS) == code
         wait_until(lambda worker=worker: not worker.alive())
         assert read_status(folder).state == "stopped"
         stops.append(read_status(folder).step)
     assert 10 < stops[1] < stops[2] - 10 < steps
-    assert started(path, out).wait(240) == 0
+    assert started(path, out).wait(SECONDS) == 0
     rows = read_metrics(folder)
     assert [row["step"] for row in rows if "split" not in row] == list(range(1, steps + 1))
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]

@@ -4,14 +4,14 @@ import os
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from lmtrain.run import read_metrics, read_status
 from tests.lmtrain import tiny
+from tests.processes import SECONDS, begin, wait_until
 
 pytestmark = pytest.mark.slow
 ADDRESSES = ("10.213.7.1", "10.213.7.2")
@@ -47,12 +47,11 @@ def start(node: str, rank: int, folder: Path, name: str, *overrides: str) -> sub
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
     meet = [f"--node-rank={rank}", f"--master-addr={ADDRESSES[0]}", "--master-port=29411"]
     train = ["-m", "lmtrain", "train", str(folder / "tiny.yaml"), *tiny.settings(folder), f"run.dir={folder}/{name}"]
-    return subprocess.Popen(
+    return begin(
         ["ip", "netns", "exec", node, *torchrun, *meet, *train, "train.micro_batch=1", *overrides],
         env={**os.environ, "GLOO_SOCKET_IFNAME": node, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
     )
 
 
@@ -62,21 +61,14 @@ def training(job: subprocess.Popen[str]) -> bool:
     return job.poll() is None and bool(children.read_text().split())
 
 
-def wait_until(true: Callable[[], bool], seconds: float = 120.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-
-
 def test_two_nodes_train_as_one_process(nodes: list[str], tmp_path: Path) -> None:
     tiny.write(tmp_path)
     jobs = [start(node, rank, tmp_path, "two") for rank, node in enumerate(nodes)]
-    said = [job.communicate(timeout=180)[0] for job in jobs]
+    said = [job.communicate(timeout=SECONDS)[0] for job in jobs]
     assert [job.returncode for job in jobs] == [0, 0], said
     assert read_status(tmp_path / "two").state == "done"
     alone = tiny.command(tmp_path, f"run.dir={tmp_path}/one", "train.micro_batch=1")
-    assert alone.wait(timeout=180) == 0, alone.communicate()[0]
+    assert alone.wait(timeout=SECONDS) == 0, alone.communicate()[0]
     losses, expected = ([row["loss"] for row in read_metrics(tmp_path / name)] for name in ("two", "one"))
     assert losses == pytest.approx(expected, abs=1e-6)
 
@@ -92,7 +84,7 @@ def test_a_cut_cable_ends_both(nodes: list[str], tmp_path: Path) -> None:
         assert all(map(training, jobs))
         ip("-n", nodes[1], "link", "set", nodes[1], "down")
         wait_until(lambda: not any(map(training, jobs)))  # torchrun of the far node may wait longer for its master
-        assert jobs[0].wait(timeout=60) != 0
+        assert jobs[0].wait(timeout=SECONDS) != 0
         assert read_status(tmp_path / "two").state == "failed"
     finally:
         for job in jobs:

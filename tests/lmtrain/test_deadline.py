@@ -11,6 +11,7 @@ from lmtrain.run import read_metrics, read_status
 from lmtrain.train import DONE, STOPPED, train
 from tests.lmtrain import tiny
 from tests.lmtrain.test_rank_faults import run as run_ranks
+from tests.processes import SECONDS
 
 
 @pytest.mark.parametrize(
@@ -131,6 +132,6 @@ def test_all_ranks_stop_at_the_same_step(tmp_path: Path) -> None:
 @pytest.mark.fault(8)
 def test_the_command_exits_with_75(tmp_path: Path) -> None:
     command = tiny.command(tmp_path, "train.steps=100000", "eval.every=0", "train.max_time=3")
-    text, _ = command.communicate(timeout=120)
+    text, _ = command.communicate(timeout=SECONDS)
     assert command.returncode == STOPPED, text
     assert "stopped by train.max_time" in text

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -12,21 +11,21 @@ import pytest
 from lmtrain.run import read_metrics, read_status
 from lmtrain.train import DONE, train
 from tests.lmtrain import tiny
+from tests.processes import SECONDS, begin, wait_until
 
 
 def torchrun(folder: Path, *words: str) -> "subprocess.Popen[str]":
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    return subprocess.Popen(
+    return begin(
         [*launcher, "lmtrain", "train", str(tiny.write(folder)), *tiny.settings(folder), *words],
         env={**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
     )
 
 
 def test_a_run_is_that_of_one_process(tmp_path: Path) -> None:
-    text, _ = (launched := torchrun(tmp_path, "train.micro_batch=1")).communicate(timeout=120)
+    text, _ = (launched := torchrun(tmp_path, "train.micro_batch=1")).communicate(timeout=SECONDS)
     assert launched.returncode == 0, text
     assert text.count("done: ") == text.count("step 12/12") == 1
     alone = tmp_path / "alone"
@@ -39,13 +38,10 @@ def test_a_run_is_that_of_one_process(tmp_path: Path) -> None:
 def test_sigterm_to_the_launcher_saves_once_and_the_same_command_goes_on(tmp_path: Path) -> None:
     launched = torchrun(tmp_path, "train.steps=100000", "eval.every=0", "checkpoint.every=100000")
     rows = tmp_path / "run/metrics.jsonl"
-    end = time.monotonic() + 120
-    while not (rows.exists() and rows.read_text().count("\n") >= 3):
-        assert time.monotonic() < end
-        assert launched.poll() is None
-        time.sleep(0.05)
+    wait_until(lambda: launched.poll() is not None or (rows.exists() and rows.read_text().count("\n") >= 3))
+    assert launched.poll() is None
     launched.send_signal(signal.SIGTERM)
-    text, _ = launched.communicate(timeout=60)
+    text, _ = launched.communicate(timeout=SECONDS)
     assert launched.returncode != 0
     status = read_status(tmp_path / "run")
     assert status is not None
@@ -56,7 +52,7 @@ def test_sigterm_to_the_launcher_saves_once_and_the_same_command_goes_on(tmp_pat
 
 
 def test_a_mistake_is_told_once(tmp_path: Path) -> None:
-    text, _ = (launched := torchrun(tmp_path, "train.batch_tokens=96")).communicate(timeout=120)
+    text, _ = (launched := torchrun(tmp_path, "train.batch_tokens=96")).communicate(timeout=SECONDS)
     assert launched.returncode != 0
     assert text.count("train.batch_tokens=96: not a multiple of data.seq_len 32 x ranks 2; nearest: 128") == 1
     assert not (tmp_path / "run").exists()

@@ -3,12 +3,14 @@
 import io
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lmtrain.board import Board
+from lmtrain.event_file import EventFile
 from lmtrain.progress import Pace, Progress, si, step_line
 from lmtrain.signals import StopRequest
 
@@ -90,6 +92,25 @@ def test_a_resumed_board_purges_what_was_beyond(tmp_path: Path) -> None:
     second.close()
     events = EventAccumulator(str(tmp_path)).Reload().Scalars("train/loss")
     assert [(event.step, event.value) for event in events] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
+
+
+@pytest.mark.fault(17, 18)
+@pytest.mark.parametrize("jump", [0, -3600, 0.25, 7])
+def test_curves_go_on_whatever_the_clock_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jump: float) -> None:
+    """Each of twelve starts takes back the step before it; its process has any number."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for start in range(12):
+        monkeypatch.setattr(time, "time", lambda start=start: 1_800_000_000 + jump * start)
+        monkeypatch.setattr(os, "getpid", lambda start=start: 1000 - 83 * start)
+        file = EventFile(tmp_path, purge=start + 1)
+        file.scalars({"loss": 1.0 + start, "lr": 0.5}, start + 1)
+        file.scalars({"loss": -1.0}, start + 2)
+        file.close()
+    read = EventAccumulator(str(tmp_path)).Reload()
+    expected = [(step, float(step)) for step in range(1, 13)]
+    assert [(event.step, event.value) for event in read.Scalars("loss")] == [*expected, (13, -1.0)]
+    assert [event.step for event in read.Scalars("lr")] == list(range(1, 13))
 
 
 @pytest.mark.fault(7)

@@ -15,7 +15,7 @@ import pytest
 
 import data.loader
 import lmtrain.evaluation.validation
-import lmtrain.train
+import lmtrain.fault
 from lmtrain.run import read_metrics, read_status
 from lmtrain.start import USER_ERROR, start
 from lmtrain.train import DONE, STOPPED
@@ -124,7 +124,7 @@ def stuck() -> None:
         while step == 6:
             time.sleep(0.01)
 
-    lmtrain.train.fault.before_update = never
+    lmtrain.fault.before_update = never
 
 
 @pytest.mark.fault(11)

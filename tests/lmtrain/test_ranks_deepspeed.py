@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from lmtrain import checkpoint
-from lmtrain.train import DONE, STOPPED
+from lmtrain.train import DONE, GAVE_UP, STOPPED
 from tests.lmtrain import tiny
 from tests.lmtrain.test_rank_faults import CRASHED, failed, work
 from tests.lmtrain.test_rank_faults import run as run_started
 from tests.lmtrain.test_ranks import CODES, PLAIN, STREAM, assert_alike, rows_of, run
+from tests.lmtrain.test_spikes import events
 from tests.processes import exit_codes, started_ranks
 
 
@@ -35,6 +36,37 @@ def test_a_run_of_two_ranks_and_a_spoilt_step(tmp_path: Path) -> None:
         assert all(torch.equal(tensor, after.tensors[group][name]) for name, tensor in members.items())
     log = (tmp_path / "zero/log.txt").read_text()
     assert log.splitlines()[0].split(",")[1] == (tmp_path / "torch/log.txt").read_text().splitlines()[0].split(",")[1]
+
+
+@pytest.mark.fault(9)
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_roll_back(tmp_path: Path, stage: int) -> None:
+    """Two samples of steps 6 and 7, one of each rank, spoil every update that reads them, until they are left out."""
+    words = [*CODES, "train.max_skips=2", "checkpoint.every=5", "checkpoint.keep=20"]
+    fault = "sample=20:grad=nan,sample=27:grad=nan"
+    assert run(1, tmp_path, "torch", *words, fault=fault) == [DONE]
+    assert run(2, tmp_path, "zero", *words, *zero(stage), fault=fault) == [DONE] * 2
+    assert_alike(tmp_path / "zero", tmp_path / "torch")
+    state = checkpoint.load(tmp_path / "zero/checkpoints/step-12").state
+    assert (state["rollbacks"], state["unread"], state["skipped"]) == (1, [[20, 28]], 0)
+    for name in ("torch", "zero"):
+        (event,) = events(tmp_path / name, "rollback")
+        assert (event["step"], event["to"], event["samples"]) == (7, 5, [20, 28])
+
+
+@pytest.mark.fault(9)
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_run_that_gives_up(tmp_path: Path, stage: int) -> None:
+    words = [*PLAIN, "train.max_skips=2", "train.max_rollbacks=2"]
+    fault = "step=6:grad=nan:rank=0,step=7:grad=nan:rank=0"
+    assert run(1, tmp_path, "torch", *words, fault=fault) == [GAVE_UP]
+    assert run(2, tmp_path, "zero", *words, *zero(stage), fault=fault) == [GAVE_UP] * 2
+    rows, expected = rows_of(tmp_path / "zero"), rows_of(tmp_path / "torch")
+    assert [row.get("batch") for row in rows] == [row.get("batch") for row in expected]
+    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in expected], abs=1e-6)
+    assert [len(events(tmp_path / "zero", kind)) for kind in ("rollback", "skip")] == [2, 6]
 
 
 @pytest.mark.fault(6)

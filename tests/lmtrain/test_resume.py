@@ -13,6 +13,7 @@ from lmtrain.run import read_metrics, read_status
 from lmtrain.train import DONE, STOPPED, train
 from tests.lmtrain import tiny
 from tests.lmtrain.test_train import assert_same
+from tests.processes import SECONDS
 
 SITUATIONS: dict[str, tuple[list[str], str]] = {
     "within an epoch": ([], "step=7:term"),
@@ -105,7 +106,7 @@ def test_a_second_signal_ends_it_at_once(undisturbed: Path, tmp_path: Path) -> N
     assert os.WIFSTOPPED(how)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCONT):
         running.send_signal(number)
-    running.communicate(timeout=60)
+    running.communicate(timeout=SECONDS)
     assert running.returncode == -signal.SIGTERM
     assert checkpoint.newest(tmp_path / "run/checkpoints") == (tmp_path / "run/checkpoints/step-4", [])
     assert train(tiny.config(tmp_path)) == DONE

@@ -18,6 +18,7 @@ from lmtrain.train import DONE, train
 from parallel.world import ALONE
 from tests.lmtrain import tiny
 from tests.lmtrain.test_train import assert_same
+from tests.processes import SECONDS
 
 BACKGROUND = "checkpoint.asynchronous=true"
 
@@ -213,7 +214,7 @@ def test_a_run_is_the_same_and_at_every_instant_a_checkpoint_verifies(undisturbe
 )
 def test_kill_9_in_a_save(undisturbed: Path, tmp_path: Path, fault: str) -> None:
     killed = tiny.command(tmp_path, BACKGROUND, fault=fault)
-    assert killed.wait(60) == -signal.SIGKILL, killed.stdout.read() if killed.stdout else ""
+    assert killed.wait(SECONDS) == -signal.SIGKILL, killed.stdout.read() if killed.stdout else ""
     assert train(tiny.config(tmp_path, BACKGROUND)) == DONE
     assert_same(tmp_path / "run", undisturbed)
 

@@ -68,7 +68,7 @@ class Experiment:
             labels[1, 4:] = -100
         rows = slice(row, row + 2)
         told = (None if x is None else x[rows] for x in (positions, ends))
-        return Batch(text[rows, :-1], labels[rows], *told, first_sample=row, begins=True, crc=1)
+        return Batch(text[rows, :-1], labels[rows], *told, samples=(row,), begins=True, crc=1)
 
 
 EXPERIMENTS = [

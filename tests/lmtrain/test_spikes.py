@@ -16,6 +16,7 @@ from lmtrain.spikes import FINEST, LEAST, WINDOW, Spikes, Usual, Verdict
 from lmtrain.train import DONE, GAVE_UP, train
 from tests.lmtrain import tiny
 from tests.lmtrain.test_ranks import run as run_ranked
+from tests.processes import SECONDS
 
 STEPS = 44
 BAD = 40  # the step that reads sample 4 * 39, of four a step
@@ -181,7 +182,7 @@ def test_a_kill_before_or_behind_a_rollback_changes_nothing(tmp_path: Path, kill
     (tmp_path / "whole").mkdir()
     whole = trained(tmp_path / "whole", *words, fault=SPIKE)
     killed = tiny.command(tmp_path, *words, fault=f"{SPIKE},step={kill}:kill")
-    assert killed.wait(120) == -signal.SIGKILL
+    assert killed.wait(SECONDS) == -signal.SIGKILL
     run = trained(tmp_path, *words, fault=SPIKE)
     rows, expected = steps(run), steps(whole)
     assert [row["loss"] for row in rows.values()] == [row["loss"] for row in expected.values()]
@@ -237,7 +238,7 @@ def test_two_ranks_do_as_one(tmp_path: Path, policy: str) -> None:
 @pytest.mark.fault(10)
 def test_nothing_of_it_depends_on_a_resume(tmp_path: Path, usual: Path) -> None:
     killed = tiny.command(tmp_path, *LONG, fault="step=39:kill")
-    assert killed.wait(120) == -signal.SIGKILL
+    assert killed.wait(SECONDS) == -signal.SIGKILL
     run = trained(tmp_path)
     states = [checkpoint.load(each / f"checkpoints/step-{STEPS}").state["spikes"] for each in (run, usual)]
     assert states[0] == states[1]

@@ -20,6 +20,7 @@ from lmtrain.streams import Streams
 from lmtrain.train import DONE, Training, train
 from tests.conformance.oracle import load
 from tests.lmtrain import tiny
+from tests.processes import SECONDS
 
 STREAM = ["data.stream=true", "data.carry=48", "model.dropout=0"]
 
@@ -73,7 +74,7 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path) -> None:
         folder.mkdir()
         words = [*STREAM, "data.documents=reset", "eval.every=0"]
         if fault:
-            tiny.command(folder, *words, fault=fault).communicate(timeout=100)
+            tiny.command(folder, *words, fault=fault).communicate(timeout=SECONDS)
         assert train(tiny.config(folder, *words)) == DONE
         rows = [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in read_metrics(folder / "run")]
         runs.append((rows, checkpoint.load(folder / "run/checkpoints/step-12")))
@@ -108,7 +109,7 @@ def test_streams_begin_again_when_their_lanes_are_read(tmp_path: Path) -> None:
 @pytest.mark.fault(9)
 def test_a_skipped_step_forgets_what_may_not_be_finite(tmp_path: Path) -> None:
     whole = tiny.command(tmp_path, *STREAM, "checkpoint.every=5", "train.steps=5", fault="step=5:grad=nan")
-    text, _ = whole.communicate(timeout=60)
+    text, _ = whole.communicate(timeout=SECONDS)
     assert whole.returncode == DONE, text
     kept = checkpoint.load(tmp_path / "run/checkpoints/step-5")
     assert kept.tensors["streams"] == {}

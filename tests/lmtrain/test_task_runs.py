@@ -177,6 +177,19 @@ def test_settings_of_a_task_mean_nothing_to_a_text(tmp_path: Path) -> None:
         load(path, words)
 
 
+def test_settings_of_a_task_that_the_command_line_gives_to_a_text_are_told(tmp_path: Path) -> None:
+    """Those of the file go with its corpus, those beside the other corpus are a mistake."""
+    path, words = settings(tmp_path)
+    text = [*words, "data.corpus=text", f"data.path={path}"]
+    assert load(path, text).data.task == {}
+    for word in ("data.task.pairs=2", "data.task={pairs: 2}"):
+        with pytest.raises(ConfigError) as error:
+            load(path, [*text, word])
+        told = str(error.value)
+        assert "command line  data.task.pairs=2: has no effect with data.corpus text: only a synthetic task" in told
+        assert "1 problem" in told
+
+
 def test_defaults_of_a_task_are_kept_with_the_run(tmp_path: Path) -> None:
     path, words = settings(tmp_path)
     path.write_text(CONFIG.replace(", task: {vocab_size: 16, pairs: 3}", "").replace("seq_len: 32", "seq_len: 64"))
@@ -223,6 +236,21 @@ def test_eval_draws_a_heat_map(
 def test_what_eval_refuses(run: Path, capsys: pytest.CaptureFixture[str], options: list[str], words: str) -> None:
     assert main(["eval", str(run), *options]) == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("on", [[], ["--on", "mqar"], ["--on", "mqar:test"]])
+def test_compare_says_that_examples_are_no_text(
+    run: Path, capsys: pytest.CaptureFixture[str], on: list[str], tmp_path: Path
+) -> None:
+    assert main(["compare", str(run), str(run), *on]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert f"{run}: mqar is a synthetic task, and texts are compared; lmtrain eval RUN --on mqar of each run" in said
+    assert main(["eval", str(run), "--examples", "4"]) == 0
+    (kept,) = run.glob("eval/mqar*.json")
+    capsys.readouterr()
+    assert main(["compare", str(kept), str(run)]) == 2
+    assert f"{kept}: mqar is a synthetic task" in capsys.readouterr().err
 
 
 def test_generate_writes_numbers(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

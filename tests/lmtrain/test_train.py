@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from lmtrain.run import read_metrics, read_status
 from lmtrain.setup import checkpoint_bytes
 from lmtrain.train import DONE, GAVE_UP, STOPPED, train
 from tests.lmtrain import tiny
+from tests.processes import SECONDS, wait_until
 
 
 def outcome(run: Path, step: int = 12) -> tuple[list[Any], dict[str, dict[str, torch.Tensor]]]:
@@ -69,7 +69,7 @@ def test_a_finished_run_is_left_alone(undisturbed: Path, capsys: pytest.CaptureF
 
 
 def test_a_run_goes_on_without_the_samples_of_a_spike(undisturbed: Path, tmp_path: Path) -> None:
-    assert tiny.command(tmp_path, fault="step=7:kill").wait(60) == -signal.SIGKILL
+    assert tiny.command(tmp_path, fault="step=7:kill").wait(SECONDS) == -signal.SIGKILL
     assert train(tiny.config(tmp_path, "data.skip=16:18, 21:29")) == DONE  # from step 4, which has read 0 to 15
     state = checkpoint.load(tmp_path / "run/checkpoints/step-12").state
     assert state["samples"] == 12 * 4 + 10
@@ -82,9 +82,9 @@ def test_a_run_goes_on_without_the_samples_of_a_spike(undisturbed: Path, tmp_pat
 @pytest.mark.parametrize("fault", ["step=1:kill", "step=7:kill", "save:before=commit", "save:bytes=9000"])
 def test_kill_9_and_the_same_command_again(undisturbed: Path, tmp_path: Path, fault: str) -> None:
     killed = tiny.command(tmp_path, fault=fault)
-    assert killed.wait(60) == -signal.SIGKILL, killed.stdout.read() if killed.stdout else ""
+    assert killed.wait(SECONDS) == -signal.SIGKILL, killed.stdout.read() if killed.stdout else ""
     again = tiny.command(tmp_path)
-    text, _ = again.communicate(timeout=60)
+    text, _ = again.communicate(timeout=SECONDS)
     assert again.returncode == DONE, text
     assert_same(tmp_path / "run", undisturbed)
 
@@ -93,9 +93,9 @@ def test_kill_9_and_the_same_command_again(undisturbed: Path, tmp_path: Path, fa
 def test_sigterm_saves_at_the_step_boundary_and_exits_75(undisturbed: Path, tmp_path: Path) -> None:
     running = tiny.command(tmp_path, "train.steps=100000", "eval.every=0")
     log = tmp_path / "run/metrics.jsonl"
-    _wait_for(lambda: log.exists() and log.read_text().count("\n") >= 3)
+    wait_until(lambda: log.exists() and log.read_text().count("\n") >= 3)
     running.send_signal(signal.SIGTERM)
-    text, _ = running.communicate(timeout=60)
+    text, _ = running.communicate(timeout=SECONDS)
     assert running.returncode == STOPPED, text
     status = read_status(tmp_path / "run")
     assert status is not None
@@ -235,13 +235,6 @@ def _flip(file: Path) -> None:
     content = bytearray(file.read_bytes())
     content[-5] ^= 1
     file.write_bytes(content)
-
-
-def _wait_for(condition: Any, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.05)
 
 
 def test_the_size_of_a_checkpoint_is_known_without_weights(undisturbed: Path) -> None:

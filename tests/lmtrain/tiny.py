@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lmtrain.config import Config, load
 from lmtrain.setup import CHECKS
+from tests.processes import begin
 
 SHORT = """
 train: {steps: 12, batch_tokens: 128, micro_batch: 2}
@@ -54,10 +55,9 @@ def command(folder: Path, *words: str, fault: str = "") -> subprocess.Popen[str]
     path = folder / "tiny.yaml" if (folder / "tiny.yaml").exists() else write(folder)
     options = [word for word in words if word.startswith("-")]
     overrides = settings(folder, *(word for word in words if not word.startswith("-")))
-    return subprocess.Popen(
+    return begin(
         [sys.executable, "-m", "lmtrain", "train", str(path), *overrides, *options],
         env={**os.environ, "LMTRAIN_FAULT": fault},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
     )

@@ -26,7 +26,6 @@ from tests.processes import run_ranks
 CPU = torch.device("cpu")
 SPREAD = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}  # else the small weights are kept everywhere
 STAGES = (1, 2, 3)
-SECONDS = 300.0
 LATE = 17  # where runs are cut in two
 MIXERS: dict[str, dict[str, Any]] = {
     "dense": {"kind": "dense", "heads": 3, "head_dim": 4},
@@ -184,7 +183,7 @@ def reference() -> Reference:
 @pytest.mark.parametrize("ranks", [2, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (1, 4))])
 def test_every_stage_is_plain_torch(reference: Reference, ranks: int) -> None:
     """The same losses, norms, weights and moments, whole and continued from any state; the same bits from its own."""
-    outcomes = run_ranks(ranks, on_ranks, reference.late, STAGES, seconds=SECONDS)
+    outcomes = run_ranks(ranks, on_ranks, reference.late, STAGES)
     for stage in STAGES:
         seen: Seen = outcomes[0][stage]
         check_infos(seen.infos, reference.infos)
@@ -321,7 +320,7 @@ def more_on_ranks(world: World, stages: tuple[int, ...]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def two_ranks() -> list[dict[str, Any]]:
-    return run_ranks(2, more_on_ranks, STAGES, seconds=SECONDS)
+    return run_ranks(2, more_on_ranks, STAGES)
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from parallel.world import World
-from tests.processes import run_ranks
+from tests.processes import SECONDS, begin, run_ranks
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -87,7 +87,7 @@ def run_alone(program: str, tmp_path: Path) -> str:
         env={**environment, "TORCH_EXTENSIONS_DIR": str(extensions)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=SECONDS,
     )
     assert done.returncode == 0, done.stderr
     assert not extensions.exists() or not list(extensions.iterdir())
@@ -104,13 +104,13 @@ def test_who_does_not_choose_it_does_not_import_it(tmp_path: Path) -> None:
 
 def test_one_world_after_the_other_and_no_thread_is_left(tmp_path: Path) -> None:
     started = [
-        subprocess.Popen(
+        begin(
             [sys.executable, "-c", TWO_WORLDS, str(tmp_path / "store")],
             env={**os.environ, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo"},
         )
         for rank in "01"
     ]
-    assert [process.wait(100) for process in started] == [0, 0]
+    assert [process.wait(SECONDS) for process in started] == [0, 0]
 
 
 def builds(world: World) -> list[str]:

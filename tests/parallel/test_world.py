@@ -1,7 +1,6 @@
 """Who is who among several processes, and what they agree on."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import pytest
 import torch
 
 from parallel.world import ALONE, World, join, launched
-from tests.processes import run_ranks
+from tests.processes import SECONDS, begin, run_ranks
 
 
 def test_alone_nobody_is_asked() -> None:
@@ -88,13 +87,13 @@ assert not of_gloo()
 def test_no_thread_of_a_group_is_left_when_python_ends(tmp_path: Path) -> None:
     """In interpreters of their own: it depends on what was imported before."""
     started = [
-        subprocess.Popen(
+        begin(
             [sys.executable, "-c", OPTIMIZES, str(tmp_path / "store")],
             env={**os.environ, "RANK": rank, "WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo"},
         )
         for rank in "01"
     ]
-    assert [process.wait(100) for process in started] == [0, 0]
+    assert [process.wait(SECONDS) for process in started] == [0, 0]
 
 
 def _misfit(world: World) -> None:

@@ -133,6 +133,10 @@ RULES = [
     (["optimizer.schedule=constant", "optimizer.final=0.1"], "optimizer.final=0.1: has no effect"),
     (["data.path=x"], "data.path=x: has no effect with data.corpus stdlib: it has one on text, jsonl, hub, "),
     (["data.column=body"], "data.column=body: has no effect with data.corpus stdlib: it has one on jsonl, hub"),
+    (
+        ["data.task.pairs=3"],
+        "data.task: has no effect with data.corpus stdlib: only a synthetic task has such settings",
+    ),
     (["data.streaming=true"], "data.streaming=true: has no effect with data.corpus stdlib"),
     (["data.corpus=jsonl"], "default  data.path=null: the corpus jsonl needs the path of its files"),
     (["data.corpus=hub"], "default  data.path=null: the corpus hub needs the name of a dataset"),

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import SECONDS
+
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -28,7 +30,7 @@ def opened(browser: str, page: Path, *options: str, home: Path) -> subprocess.Co
     words = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
     words += ["--disable-background-networking", "--disable-component-update", "--host-resolver-rules=MAP * ~NOTFOUND"]
     words += [f"--user-data-dir={home}", "--enable-logging=stderr", *options, page.as_uri()]
-    return subprocess.run(words, capture_output=True, text=True, timeout=120, check=True)
+    return subprocess.run(words, capture_output=True, text=True, timeout=SECONDS, check=True)
 
 
 def test_no_console_message_and_no_request(browser: str, page: Path, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,7 +38,7 @@ def test_results_are_what_runs_and_inspect_say(folder: Path) -> None:
     assert first.parameters_total == seen["parameters"]
     assert first.flops == pytest.approx(seen["flops_per_token"]["training"] * first.tokens)
     assert first.seconds > 0
-    assert "lmtrain" in first.command or "pytest" in first.command
+    assert first.command == shlex.join(sys.argv)
 
 
 def test_a_page_of_runs(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lmtrain.scaling import mean_of
+from lmtrain.scaling import holm, mean_of
 from lmtrain.scaling.seeds import student
 
 
@@ -23,9 +23,25 @@ def test_the_interval_is_scipys() -> None:
 
 def test_one_value_has_no_interval() -> None:
     mean = mean_of([-2.0])
-    assert (mean.value, mean.half, mean.count, mean.beyond_chance) == (-2.0, None, 1, False)
+    assert (mean.value, mean.half, mean.count, mean.p_value) == (-2.0, None, 1, None)
 
 
-def test_what_chance_may_do() -> None:
-    assert mean_of([-0.1, -0.11, -0.09]).beyond_chance
-    assert not mean_of([-0.1, 0.1, 0.05]).beyond_chance
+@pytest.mark.parametrize("values", [[-0.1, -0.11, -0.09], [-0.1, 0.1, 0.05], [3.0, 4.0]])
+def test_the_p_value_is_scipys(values: list[float]) -> None:
+    assert mean_of(values).p_value == pytest.approx(stats.ttest_1samp(values, 0).pvalue, rel=1e-6)
+
+
+def test_values_that_are_all_equal() -> None:
+    assert mean_of([0.5, 0.5]).p_value == 0
+    assert mean_of([0.0, 0.0]).p_value == 1
+
+
+def test_holms_rule_keeps_a_family_below_its_level() -> None:
+    """By definition: the least p of n counts n times, the next n - 1 times, and none less than one before it."""
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.7]) == [1.0, 1.0]
+    assert holm([]) == []
+    generator = np.random.default_rng(1)
+    families = generator.standard_normal((300, 8, 4))  # where no difference is true
+    wrong = sum(min(holm([mean_of(values).p_value for values in family])) < 0.05 for family in families)
+    assert 3 <= wrong <= 27  # 5 % of 300; beyond four standard deviations

@@ -197,19 +197,30 @@ def test_the_command_line_goes_before_the_file(tmp_path: Path) -> None:
     assert "write seeds" in told(tmp_path, "run.seed=3")
 
 
+def test_a_match_in_large_steps_is_not_called_equal(tmp_path: Path) -> None:
+    """A layer of width costs a few percent here, one of 16 columns much more."""
+    whole = plan(tmp_path, match=MATCH | {"multiple": 16})
+    far = [run for run in whole.runs if run.solved.residual < -0.01]
+    text = whole.format(1e10, "assumed")
+    assert 0 < len(far) < len(whole.runs)
+    assert f"not equal: {len(far)} runs" in text
+    assert sum(line.rstrip().endswith("!") for line in text.splitlines()) == len(far)
+
+
 @pytest.mark.parametrize("name", shipped_sweeps())
 def test_shipped_sweeps_cost_the_same_for_all(name: str) -> None:
     whole = make_plan(name, ["data.path=x"])
     text = whole.format(1e10, "assumed")
     assert all(run.name in text and run.hash in text for run in whole.runs)
-    assert ("not equal" in text) == bool(whole.far_off)
+    assert not whole.far_off
+    assert "not equal" not in text
     for run in whole.runs:
-        assert -0.1 < run.solved.residual <= 0
+        assert -0.01 < run.solved.residual <= 0
     if name == "enwik8-mixers":
-        assert not whole.far_off
         assert len(whole.runs) == 12 * 3
         kinds = {s["kind"] for run in whole.runs for n, s in run.config.model.mixers.items() if n == "far"}
         assert kinds == set(MIXERS)
         assert len({(run.config.data.seq_len, run.tokens) for run in whole.runs}) == 1
     if name == "sparsity":
         assert {run.sparsity for run in whole.runs} == {2, 4, 8, 16, 32, 64}
+        assert len({run.tokens for run in whole.runs if not run.is_trunk}) >= 4  # or there is no law

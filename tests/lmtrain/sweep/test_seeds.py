@@ -34,7 +34,25 @@ def test_pairs_take_the_luck_of_the_seed_away() -> None:
     assert (difference.variant, difference.other, difference.mean.count) == ("local", "dense", 3)
     assert difference.mean.value == pytest.approx(sum(pairs) / 3)
     assert difference.mean.half == pytest.approx((high - low) / 2)
-    assert difference.mean.beyond_chance
+    assert difference.p == pytest.approx(stats.ttest_1samp(pairs, 0).pvalue, rel=1e-6)
+    assert difference.beyond_chance
+
+
+def test_a_verdict_is_of_all_variants_at_its_place() -> None:
+    """The same pairs, alone and among others that differ by chance alone."""
+    one = of({"dense": 0.0, "local": -0.1}, sizes=(10**6,), tokens=(10**8,)).differences()
+    many = of({"dense": 0.0, "local": -0.1, "mosa": 0.0, "vq": 0.0}, sizes=(10**6,), tokens=(10**8,)).differences()
+    assert [d.variant for d in many] == ["local", "mosa", "vq"]
+    assert many[0].p == pytest.approx(3 * one[0].p)
+    assert [d.beyond_chance for d in many] == [True, False, False]
+
+
+def test_one_pair_has_no_verdict() -> None:
+    runs = a_grid(mixers=("dense", "local"), sizes=(10**6,), tokens=(10**8,), seeds=(1,))
+    (difference,) = Variants(collect("x", runs)).differences()
+    assert difference.p is None
+    assert not difference.beyond_chance
+    assert "tells nothing" in difference.cells()[-1]
 
 
 def test_places_are_sizes_and_token_counts_each_with_its_seeds() -> None:
