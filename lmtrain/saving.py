@@ -40,16 +40,25 @@ class Saver:
         self.keep, self.background, self.complain = keep, background, complain
         self.saved_step = -1
         self.seconds = 0.0
+        self._verified = checkpoint.Verified()
         self._thread: threading.Thread | None = None
         self._ended: _Ended | None = None
 
     def save(
         self, step: int, tensors: checkpoint.Groups, state: Mapping[str, Any], *, config: str, dataset: str
     ) -> None:
-        """Write `step-N`, when the save before has ended. The tensors may change as soon as this returns."""
+        """Write `step-N`, when the save before has ended. The tensors may change as soon as this returns.
+
+        Not while rows wait for the disk: killed behind the checkpoint, the run would go on without them.
+        """
         if not self.world.is_first:
             return
         self.settle()
+        try:
+            self.run.sync_metrics()
+        except OSError as error:
+            self._ended = _Ended(step, None, 0.0, self._refused(step, tensors, error))
+            return self.settle()
         made_from = {"config": config, "dataset": dataset}
         if self.background:
             work = (step, checkpoint.copied(tensors), state, made_from)
@@ -95,13 +104,20 @@ class Saver:
         if kind is None or issubclass(kind, Exception):  # who interrupts does not wait
             self.settle()
 
+    def _refused(self, step: int, tensors: checkpoint.Groups, error: OSError) -> checkpoint.CheckpointError:
+        reason = f"the rows before it are not on the disk: {error.strerror}"
+        return checkpoint.CheckpointError(
+            self.run.checkpoints / f"step-{step}", checkpoint.bytes_needed(tensors), reason
+        )
+
     def _write(
         self, step: int, tensors: checkpoint.Groups, state: Mapping[str, Any], made_from: Mapping[str, str]
     ) -> None:
         path, began = None, time.perf_counter()
         try:
             path = checkpoint.save(self.run.checkpoints, step, tensors, state, world=self.world.size, **made_from)
-            checkpoint.retain(self.run.checkpoints, self.keep)
+            self._verified.add(path)
+            checkpoint.retain(self.run.checkpoints, self.keep, verified=self._verified)
             self._ended = _Ended(step, path, time.perf_counter() - began)
         except Exception as error:
             self._ended = _Ended(step, path, time.perf_counter() - began, error)

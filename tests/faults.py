@@ -1,17 +1,20 @@
 """The faults that a run must survive, and the page docs/reliability.md: `python -m tests.faults` prints it.
 
 A test says which faults it injects by `@pytest.mark.fault(3)`; a file of them by `pytestmark = pytest.mark.fault(3)`.
-The page links to whatever is so marked, and names the faults that no test injects.
+The page links to whatever is so marked, and names the faults that no test injects. What was measured it reads from
+soak.json and saving.json in benchmarks/results.
 """
 
 from __future__ import annotations
 
 import ast
+import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 TESTS = Path(__file__).parent
+RESULTS = TESTS.parent / "benchmarks/results"
 
 
 class Fault(NamedTuple):
@@ -151,7 +154,43 @@ def page() -> str:
         table.append(f"| {number} | {fault.happens} | {fault.promise} | {link} |")
         listed = "\n".join(f"* {test.words}" for test in tests[number]) or "Not tested yet."
         chapters.append(f"### Fault {number}\n\n{fault.happens[0].upper()}{fault.happens[1:]}.\n\n{listed}\n")
-    return "\n".join([_HEAD, *table, "\n## Tests\n", *chapters])
+    return "\n".join([_HEAD, *table, *_measured(), "\n## Tests\n", *chapters])
+
+
+def _measured() -> Iterator[str]:
+    """What the soak survived, what a save costs, how long a stop takes."""
+    soak, saving = (json.loads((RESULTS / name).read_text()) for name in ("soak.json", "saving.json"))
+    (total,) = soak["total"]
+    outcome = "were" if total["same bits"] else "were not"
+    yield "\n## Measured\n"
+    yield (
+        f"[`benchmarks/soak.py`](../benchmarks/soak.py) trained one run for {total['minutes']:g} minutes and disturbed "
+        f"it all the time: {total['faults']} faults, {total['starts']} starts of the same command, {total['steps']:,} "
+        f"steps. Every row but for its speed, and every bit of weights and moments at the end, {outcome} those of a "
+        f"run that nobody disturbed. ({_environment(soak)})\n"
+    )
+    yield from _table(soak["faults"])
+    yield (
+        "\nWhat a safe checkpoint costs beside a plain file of the same tensors, in seconds per GB (median; "
+        "[`benchmarks/saving.py`](../benchmarks/saving.py), "
+        f"{_environment(saving)}):\n"
+    )
+    yield from _table(saving["saves"])
+    yield "\nFrom SIGTERM to the end of the process, saved where it stood (one run of `demo`, one thread):\n"
+    yield from _table(saving["stops"])
+
+
+def _environment(result: dict[str, Any]) -> str:
+    here = result["environment"]
+    return f"{here['cores']} cores, {here['processor']}, torch {here['torch']}, {here['date']}"
+
+
+def _table(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """Rows of equal keys; numbers with three digits."""
+    yield f"| {' | '.join(rows[0])} |"
+    yield "|" + "---|" * len(rows[0])
+    for row in rows:
+        yield f"| {' | '.join(f'{cell:.3g}' if isinstance(cell, float) else str(cell) for cell in row.values())} |"
 
 
 def marked() -> dict[int, list[Test]]:

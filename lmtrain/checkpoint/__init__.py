@@ -26,7 +26,7 @@ from torch import Tensor
 from data.disk import sync_folder
 from lmtrain import fault
 from lmtrain.checkpoint.manifest import STATE, FileEntry, Manifest, checked, read_manifest, verify, write_manifest
-from lmtrain.checkpoint.shelf import check_space, clean, newest, point_latest, retain, undo
+from lmtrain.checkpoint.shelf import Verified, check_space, clean, newest, point_latest, retain, undo
 from lmtrain.checkpoint.tensorfile import copied as _copied
 from lmtrain.checkpoint.tensorfile import file_bytes, read_tensors, write_tensors
 from lmtrain.files import HashingWriter, token
@@ -34,6 +34,7 @@ from lmtrain.files import HashingWriter, token
 __all__ = [
     "Checkpoint",
     "CheckpointError",
+    "Verified",
     "bytes_needed",
     "check_space",
     "clean",

@@ -54,15 +54,44 @@ def newest(folder: Path, last: int | None = None) -> tuple[Path | None, list[tup
     return newest(folder, last) if candidates(folder, last) != found else (None, rejected)
 
 
-def retain(folder: Path, keep: int, protected: Collection[Path] = ()) -> list[Path]:
+class Verified:
+    """Checkpoints that this process has read and found whole: each is read once, not with every save after it.
+
+    One of which a file has changed since, by size or time, is read again. A bit that flips on the disk by itself
+    shows when it is resumed from; the newest has always just been read.
+    """
+
+    def __init__(self) -> None:
+        self._stamps: dict[Path, list[tuple[str, int, int]]] = {}
+
+    def add(self, path: Path) -> None:
+        """The checkpoint at `path` was just found whole."""
+        self._stamps[path] = _stamp(path)
+
+    def discard(self, path: Path) -> None:
+        """It is there no more."""
+        self._stamps.pop(path, None)
+
+    def __contains__(self, path: Path) -> bool:
+        stamp = _stamp(path)
+        if self._stamps.get(path) == stamp:
+            return True
+        if verify(path):
+            return False
+        self._stamps[path] = stamp
+        return True
+
+
+def retain(folder: Path, keep: int, protected: Collection[Path] = (), verified: Verified | None = None) -> list[Path]:
     """Removes what is older than the `keep` newest that verify, except the `protected`; returns the removed.
 
-    A damaged one is not counted, and stays until `keep` newer ones verify.
+    A damaged one is not counted, and stays until `keep` newer ones verify. verified: those known to.
     """
     assert keep >= 1, keep
     fault.before("retention")
     folder = Path(folder)
-    intact = list(islice((path for path in candidates(folder) if not verify(path)), keep))
+    verified = Verified() if verified is None else verified
+    intact = list(islice((path for path in candidates(folder) if path in verified), keep))
     if len(intact) < keep:
         return []
     spared = {path.resolve() for path in protected}
@@ -74,6 +103,7 @@ def retain(folder: Path, keep: int, protected: Collection[Path] = ()) -> list[Pa
     ]
     for path in removed:
         remove(path)
+        verified.discard(path)
     return removed
 
 
@@ -154,6 +184,12 @@ def check_space(folder: Path, checkpoint_bytes: int, keep: int) -> None:
             + (f" and {_size(taken)} in checkpoints" if taken else "")
             + ". Lower checkpoint.keep, or choose another run.dir."
         )
+
+
+def _stamp(path: Path) -> list[tuple[str, int, int]]:
+    """Name, bytes and time of the last change of each file in a folder."""
+    found = [(file.name, file.lstat()) for file in path.iterdir()] if path.is_dir() else []
+    return sorted((name, status.st_size, status.st_mtime_ns) for name, status in found)
 
 
 def _step(path: Path) -> int:

@@ -85,6 +85,7 @@ class RunFolder:
         """See `RunDirectory`, as for all below."""
 
     def log_metrics(self, row: Row) -> None: ...
+    def sync_metrics(self) -> None: ...
     def event(self, kind: str, **details: Any) -> None: ...
     def log(self, line: str) -> None: ...
     def truncate_metrics(self, step: int) -> int:
@@ -156,17 +157,20 @@ class RunDirectory(RunFolder):
         self.status = Status(state, step, name, reason)
         if state != "running":
             self.event("end", state=state, step=step, reason=reason)
-        try:
-            self._metrics.sync()
-            self._events.sync()
-            self._write_status()
-        except OSError as error:
-            logger.warning("%s: the status %s was not written: %s", self.path, state, error)
+        for write in (self._metrics.sync, self._events.sync, self._write_status):
+            try:
+                write()
+            except OSError as error:
+                logger.warning("%s: the status %s was not written: %s", self.path, state, error)
 
     def log_metrics(self, row: Row) -> None:
         """Appends a row, which has a `step`, to `metrics.jsonl`; what is not finite is written as null."""
         assert isinstance(row.get("step"), int), row
         self._metrics.append(row)
+
+    def sync_metrics(self) -> None:
+        """Makes the rows so far durable, as they must be before a checkpoint is. OSError if the disk refuses them."""
+        self._metrics.sync()
 
     def event(self, kind: str, **details: Any) -> None:
         """Appends a row to `events.jsonl`: time, kind and details."""

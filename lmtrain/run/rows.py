@@ -52,7 +52,8 @@ class RowFile:
             logger.warning("%s waits to be written: %s", self.path, error)
 
     def sync(self) -> None:
-        """Makes the rows so far durable."""
+        """Makes the rows so far durable; OSError if the disk refuses them."""
+        self._flush()
         os.fsync(self._descriptor)
 
     def close(self) -> None:

@@ -1,5 +1,6 @@
 """Saves in a thread: what they write, that there is one at a time, and that whatever goes wrong in it is heard."""
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lmtrain import checkpoint, saving
-from lmtrain.run import RunDirectory, read_status
+from lmtrain.run import RunDirectory, read_metrics, read_status
 from lmtrain.saving import Saver
 from lmtrain.train import DONE, train
 from parallel.world import ALONE
@@ -115,6 +116,30 @@ def test_a_disk_that_refuses_is_heard_at_the_next_boundary(run: RunDirectory, ga
     assert len(complaints) == 1
 
 
+@pytest.mark.fault(12)
+@pytest.mark.parametrize("background", [False, True])
+def test_no_checkpoint_is_newer_than_a_row_that_waits_for_the_disk(run: RunDirectory, background: bool) -> None:
+    """A process killed behind it would resume from the checkpoint, and the row would be gone."""
+    complaints: list[str] = []
+    saver = Saver(run, ALONE, keep=2, background=background, complain=complaints.append)
+    metrics = run._metrics._descriptor
+    there, full = os.dup(metrics), os.open("/dev/full", os.O_WRONLY)
+    os.dup2(full, metrics)
+    os.close(full)
+    run.log_metrics({"step": 1})
+    save(saver, 1)
+    assert not saver.has_saved(1)
+    assert not list(run.checkpoints.glob("step-*"))
+    assert "no checkpoint at step 1: " in complaints[0]
+    assert "No space left" in complaints[0]
+    os.dup2(there, metrics)
+    os.close(there)
+    save(saver, 1)
+    assert read_metrics(run.path) == [{"step": 1}]
+    assert saver.has_saved(1)
+    assert len(complaints) == 1
+
+
 def test_a_bug_in_the_thread_ends_the_run(run: RunDirectory, gate: Gate) -> None:
     saver = saver_of(run)
     gate.error = KeyError("a bug")
@@ -126,7 +151,7 @@ def test_a_bug_in_the_thread_ends_the_run(run: RunDirectory, gate: Gate) -> None
 
 
 def test_old_checkpoints_that_stay_are_a_warning(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
-    def retain(folder: Path, keep: int) -> None:
+    def retain(folder: Path, keep: int, verified: checkpoint.Verified) -> None:
         raise PermissionError("not yours")
 
     monkeypatch.setattr(saving.checkpoint, "retain", retain)

@@ -1,11 +1,12 @@
 """Which checkpoints of a folder stay, which go, and whether there is room for them."""
 
+import os
 import shutil
 
 import pytest
 import torch
 
-from lmtrain.checkpoint import check_space, clean, newest, retain, save
+from lmtrain.checkpoint import Verified, check_space, clean, newest, retain, save, shelf, verify
 
 
 def save_steps(folder, *steps):
@@ -40,6 +41,48 @@ def test_only_those_that_verify_count(tmp_path):
     assert names(tmp_path) == ["step-2", "step-3", "step-4", "step-5"]
     save_steps(tmp_path, 6)
     assert retain(tmp_path, 2) == [tmp_path / "step-3", tmp_path / "step-2"]
+
+
+def test_what_was_read_once_is_not_read_again_unless_it_changed(tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr(shelf, "verify", lambda path: read.append(path.name) or verify(path))
+    verified = Verified()
+    for step in (1, 2, 3, 4, 5):
+        save_steps(tmp_path, step)
+        verified.add(tmp_path / f"step-{step}")
+        retain(tmp_path, 3, verified=verified)
+    assert names(tmp_path) == ["step-3", "step-4", "step-5"]
+    assert read == []
+    retain(tmp_path, 3, verified=Verified())
+    assert read == ["step-5", "step-4", "step-3"], "of another process"
+    read.clear()
+    weights = tmp_path / "step-4/model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    save_steps(tmp_path, 6)
+    assert retain(tmp_path, 3, verified=verified) == []
+    assert read == ["step-6", "step-4"], "it changed, and does not count"
+    assert names(tmp_path) == ["step-3", "step-4", "step-5", "step-6"]
+
+
+@pytest.mark.parametrize("how", ["cut", "missing", "replaced", "gone"])
+def test_whatever_happens_to_a_checkpoint_it_is_read_again(tmp_path, how):
+    save_steps(tmp_path, 1, 2)
+    verified, path = Verified(), tmp_path / "step-1"
+    verified.add(path)
+    assert path in verified
+    if how == "cut":
+        os.truncate(path / "state.json", 1)
+    elif how == "missing":
+        (path / "manifest.json").unlink()
+    elif how == "replaced":
+        shutil.rmtree(path)
+        shutil.copytree(tmp_path / "step-2", path)
+    else:
+        shutil.rmtree(path)
+    assert path not in verified
+    assert path not in verified
 
 
 def test_nothing_goes_while_too_few_verify(tmp_path):
