@@ -247,9 +247,8 @@ def test_compare_says_that_examples_are_no_text(
     assert said.count("\n") == 1
     assert f"{run}: mqar is a synthetic task, and texts are compared; lmtrain eval RUN --on mqar of each run" in said
     assert main(["eval", str(run), "--examples", "4"]) == 0
-    (kept,) = run.glob("eval/mqar*.json")
-    capsys.readouterr()
-    assert main(["compare", str(kept), str(run)]) == 2
+    kept = capsys.readouterr().err.strip().removeprefix("kept in ")
+    assert main(["compare", kept, str(run)]) == 2
     assert f"{kept}: mqar is a synthetic task" in capsys.readouterr().err
 
 
