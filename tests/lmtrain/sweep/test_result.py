@@ -58,6 +58,12 @@ def test_everything_that_is_wrong_is_told_at_once():
         assert wrong in message
 
 
+@pytest.mark.parametrize("tokens", [10**400, -(10**20), 2**63])
+def test_a_number_that_nothing_can_have_counted_is_refused(tokens):
+    with pytest.raises(ValueError, match="tokens must be a whole number"):
+        RunResult.from_json(RESULT.to_json() | {"tokens": tokens})
+
+
 @pytest.mark.parametrize("content", [[], 3, {}, {"version": 2}, RESULT.to_json() | {"version": 0}])
 def test_another_version_is_refused(content):
     with pytest.raises(ValueError, match="this lmtrain reads 1"):
