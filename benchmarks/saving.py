@@ -31,11 +31,12 @@ import safetensors.torch
 import torch
 from report import publish_all
 
+from data.disk import sync_file
+from launch.cli import STOPPED
 from lmtrain import checkpoint
 from lmtrain.run import read_metrics
 
 SLICE = 4_000_000  # numbers in a tensor
-STOPPED = 75
 
 PHASES: dict[str, list[str]] = {
     "start": [],
@@ -58,9 +59,8 @@ def costs(folder: Path, gigabytes: float, repeats: int, rng: Random) -> list[dic
 
     def synced(write: Callable[[], Any]) -> None:
         write()
-        descriptor = os.open(place / "plain", os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        with open(place / "plain", "rb") as file:
+            sync_file(file)
 
     def by_torch() -> None:
         torch.save(tensors, place / "plain")

@@ -29,8 +29,9 @@ from typing import Any
 
 from report import publish_all
 from soak_faults import BETWEEN, ENDS
-from soak_run import STOPPED, Soak, SoakError, launch
+from soak_run import Soak, SoakError
 
+from launch.cli import STOPPED
 from lmtrain.checkpoint.manifest import read_manifest
 from lmtrain.run import read_metrics
 
@@ -68,8 +69,7 @@ def stop_at_last(soak: Soak) -> int:
 def undisturbed(soak: Soak, steps: int) -> Path:
     """A run of as many steps that nobody disturbs, and that saves only at its end."""
     run = soak.folder / "undisturbed"
-    process = launch(soak.folder, run, "checkpoint.every=1000000", fault=f"step={steps}:term", rng=soak.rng)
-    soak.processes.append(process)
+    process = soak.launch(run, "checkpoint.every=1000000", fault=f"step={steps}:term")
     if (code := process.wait()) != STOPPED:
         raise SoakError(f"the undisturbed run ended with {code}")
     return run

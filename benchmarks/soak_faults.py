@@ -15,10 +15,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from soak_run import CRASHED, STOPPED, USER_ERROR, Soak, launch
+from soak_run import Soak
 
+from launch.cli import CRASHED, STOPPED, USER_ERROR
 from lmtrain import checkpoint
-from lmtrain.checkpoint.shelf import candidates
+from lmtrain.checkpoint.shelf import candidates, step_of
 
 CHECKPOINT_BYTES = 600_000  # of this model, about
 
@@ -27,44 +28,31 @@ CHECKPOINT_BYTES = 600_000  # of this model, about
 
 def killed(soak: Soak) -> None:
     """`kill -9` at any moment"""
-    process = soak.start()
-    soak.wait(process)
+    process = soak.start_and_wait()
     process.kill()
     soak.expect(process, -signal.SIGKILL)
 
 
 def terminated(soak: Soak) -> None:
     """SIGTERM"""
-    process = soak.start()
-    soak.wait(process)
+    process = soak.start_and_wait()
     soak.ask(process, signal.SIGTERM)
 
 
 def interrupted(soak: Soak) -> None:
     """Ctrl-C"""
-    process = soak.start()
-    soak.wait(process)
+    process = soak.start_and_wait()
     soak.ask(process, signal.SIGINT)
 
 
 def terminated_and_killed(soak: Soak) -> None:
     """SIGTERM, and `kill -9` before it has saved"""
-    process = soak.start()
-    soak.wait(process)
-    process.terminate()
-    time.sleep(soak.rng.uniform(0.0, 0.2))
-    process.kill()
-    soak.expect(process, -signal.SIGKILL, -signal.SIGTERM, STOPPED)
+    asked_twice(soak, signal.SIGKILL, 0.2)
 
 
 def terminated_twice(soak: Soak) -> None:
     """SIGTERM twice"""
-    process = soak.start()
-    soak.wait(process)
-    process.terminate()
-    time.sleep(soak.rng.uniform(0.0, 0.1))
-    process.terminate()
-    soak.expect(process, -signal.SIGTERM, STOPPED)
+    asked_twice(soak, signal.SIGTERM, 0.1)
 
 
 def killed_in_a_save(soak: Soak) -> None:
@@ -89,7 +77,7 @@ def stood_still(soak: Soak) -> None:
     """SIGSTOP, SIGCONT, and `kill -9`"""
     process = soak.start()
     for _ in range(3):
-        soak.wait(process, 2.0)
+        soak.sleep(process, soak.rng.uniform(0.0, 2.0))
         process.send_signal(signal.SIGSTOP)
         time.sleep(soak.rng.uniform(0.0, 1.0))
         process.send_signal(signal.SIGCONT)
@@ -137,11 +125,18 @@ def a_second_process(soak: Soak) -> None:
     """the same command while the run is at work, then `kill -9`"""
     process = soak.start()
     soak.wait_for_steps(process)
-    second = launch(soak.folder, soak.run, rng=soak.rng)
-    soak.processes.append(second)
-    soak.expect(second, USER_ERROR)
+    soak.expect(soak.launch(soak.run), USER_ERROR)
     process.kill()
     soak.expect(process, -signal.SIGKILL)
+
+
+def asked_twice(soak: Soak, second: signal.Signals, within: float) -> None:
+    """SIGTERM, and up to `within` seconds later another signal, which may come too late."""
+    process = soak.start_and_wait()
+    process.terminate()
+    time.sleep(soak.rng.uniform(0.0, within))
+    process.send_signal(second)
+    soak.expect(process, -second, -signal.SIGTERM, STOPPED)
 
 
 @contextmanager
@@ -249,7 +244,7 @@ def file_of_the_newest(soak: Soak) -> Path | None:
     intact = [path for path in candidates(soak.run / "checkpoints") if not checkpoint.verify(path)]
     if len(intact) < 2:
         return None
-    soak.newest = int(intact[1].name.removeprefix("step-"))
+    soak.newest = step_of(intact[1])
     return soak.rng.choice(sorted(intact[0].iterdir()))
 
 

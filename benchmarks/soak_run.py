@@ -10,7 +10,9 @@ import time
 from pathlib import Path
 from random import Random
 
+from launch.cli import INTERRUPTED, STOPPED
 from lmtrain import checkpoint
+from lmtrain.checkpoint.shelf import step_of
 from lmtrain.run import read_metrics, read_status
 
 SETTINGS = [
@@ -19,7 +21,6 @@ SETTINGS = [
     *["log.every=1", "log.tensorboard=false", "eval.every=100", "eval.tokens=4096"],
     "model.pattern=near far",
 ]
-STOPPED, USER_ERROR, CRASHED, INTERRUPTED = 75, 2, 1, 130
 PATIENCE = 600.0  # seconds for a life to do what it should, on the slowest and busiest machine
 
 
@@ -47,21 +48,33 @@ class Soak:
         self.starts += 1
         self._begun_before = self._begun()
         asynchronous = f"checkpoint.asynchronous={self.rng.choice(('true', 'false'))}"
-        process = launch(self.folder, self.run, asynchronous, *overrides, fault=fault, rng=self.rng)
+        return self.launch(self.run, asynchronous, *overrides, fault=fault)
+
+    def start_and_wait(self) -> subprocess.Popen[bytes]:
+        """A life that has come to a random moment."""
+        process = self.start()
+        if self.rng.random() >= 0.3:
+            self.wait_for_steps(process)
+        self.sleep(process, self.rng.uniform(0.0, 6.0))
+        return process
+
+    def launch(self, run: Path, *overrides: str, fault: str = "") -> subprocess.Popen[bytes]:
+        """`lmtrain train` in a process of its own; what it prints is appended to output.txt."""
+        words = [f"run.dir={run}", f"data.cache={self.folder}/cache", *SETTINGS, *overrides]
+        with open(self.folder / "output.txt", "ab") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "lmtrain", "train", "demo", *words],
+                env={**os.environ, "LMTRAIN_FAULT": fault, "PYTHONHASHSEED": str(self.rng.randrange(1000))},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+            )
         self.processes.append(process)
         return process
 
     def has_begun(self) -> bool:
         """Whether the newest life has opened the folder of the run: from then on it saves where it is asked to stop."""
         return self._begun() > self._begun_before
-
-    def wait(self, process: subprocess.Popen[bytes], seconds: float = 6.0) -> None:
-        """Until a random moment: of its start, or up to `seconds` after it began."""
-        if self.rng.random() < 0.3:
-            self.sleep(process, self.rng.uniform(0.0, seconds))
-        else:
-            self.wait_for_steps(process)
-            self.sleep(process, self.rng.uniform(0.0, seconds))
 
     def wait_for_steps(self, process: subprocess.Popen[bytes]) -> None:
         """Until it trains."""
@@ -114,7 +127,7 @@ class Soak:
         if steps != list(range(1, len(steps) + 1)):
             raise SoakError("the rows do not count 1, 2, 3, ...")
         newest, _ = checkpoint.newest(self.run / "checkpoints")
-        step = -1 if newest is None else int(newest.name.removeprefix("step-"))
+        step = -1 if newest is None else step_of(newest)
         if step < self.newest:
             raise SoakError(f"the newest checkpoint is of step {step}; it was of step {self.newest}")
         if step > len(steps):
@@ -135,16 +148,3 @@ class Soak:
         deadline = time.monotonic() + seconds
         while process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
-
-
-def launch(folder: Path, run: Path, *overrides: str, fault: str = "", rng: Random) -> subprocess.Popen[bytes]:
-    """`lmtrain train` in a process of its own; what it prints is appended to output.txt."""
-    words = [f"run.dir={run}", f"data.cache={folder}/cache", *SETTINGS, *overrides]
-    with open(folder / "output.txt", "ab") as output:
-        return subprocess.Popen(
-            [sys.executable, "-m", "lmtrain", "train", "demo", *words],
-            env={**os.environ, "LMTRAIN_FAULT": fault, "PYTHONHASHSEED": str(rng.randrange(1000))},
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-        )

@@ -13,7 +13,7 @@ from pathlib import Path
 from data.disk import sync_file, sync_folder
 from lmtrain import fault
 
-CHUNK = 1 << 20  # bytes hashed and written at a time: they stay in a core's cache, which halves the time of 8 MiB
+CHUNK = 1 << 20  # bytes hashed and written at a time: they stay in a core's cache, as 8 MiB do not
 TEMPORARY = re.compile(r".+\.tmp-[0-9a-f]{8}")  # full match: a file that some writer did not finish
 
 

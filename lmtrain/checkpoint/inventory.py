@@ -9,7 +9,7 @@ from typing import Any
 
 from data.disk import sync_folder
 from lmtrain.checkpoint.manifest import read_manifest, verify
-from lmtrain.checkpoint.shelf import candidates, point_latest, remnants
+from lmtrain.checkpoint.shelf import candidates, point_latest, remnants, step_of
 from lmtrain.files import token
 from lmtrain.table import table
 
@@ -118,5 +118,5 @@ def repair(folder: Path) -> Repair:
 def _entry(path: Path, problems: list[str], why: str) -> Entry:
     files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
     size = sum(file.lstat().st_size for file in files)
-    step = int(path.name.removeprefix("step-").partition(".")[0])
+    step = step_of(path)
     return Entry(path.name, step, size, problems, why)

@@ -33,8 +33,8 @@ def candidates(folder: Path, last: int | None = None) -> list[Path]:
     if not folder.is_dir():
         return []
     found = [path for path in folder.iterdir() if STEP_FOLDER.fullmatch(path.name)]
-    found = [path for path in found if last is None or _step(path) <= last]
-    return sorted(found, key=_step, reverse=True)
+    found = [path for path in found if last is None or step_of(path) <= last]
+    return sorted(found, key=step_of, reverse=True)
 
 
 def newest(folder: Path, last: int | None = None) -> tuple[Path | None, list[tuple[Path, str]]]:
@@ -99,7 +99,7 @@ def retain(folder: Path, keep: int, protected: Collection[Path] = (), verified: 
     removed = [
         path
         for path in (*candidates(folder), *aside)
-        if _step(path) < _step(intact[-1]) and path.resolve() not in spared
+        if step_of(path) < step_of(intact[-1]) and path.resolve() not in spared
     ]
     for path in removed:
         remove(path)
@@ -110,7 +110,7 @@ def retain(folder: Path, keep: int, protected: Collection[Path] = (), verified: 
 def undo(last: Path) -> list[Path]:
     """Sets the checkpoints beyond the one at `last` aside, newest first, so that nobody resumes from them; returns
     them."""
-    undone = [path for path in candidates(last.parent) if _step(path) > _step(last)]
+    undone = [path for path in candidates(last.parent) if step_of(path) > step_of(last)]
     for path in undone:
         os.rename(path, path.with_name(f"{path.name}.undone-{token()}"))
     sync_folder(last.parent)
@@ -119,7 +119,7 @@ def undo(last: Path) -> list[Path]:
 
 def remove(path: Path) -> None:
     """Removes a checkpoint; it takes another name first, under which half of one is no candidate."""
-    trash = path.with_name(f"step-{_step(path)}.trash-{token()}")
+    trash = path.with_name(f"step-{step_of(path)}.trash-{token()}")
     os.rename(path, trash)
     sync_folder(path.parent)
     _delete(trash)
@@ -153,7 +153,7 @@ def remnants(folder: Path) -> list[tuple[Path, str]]:
         "undone": "set aside by a roll-back to an earlier one",
     }
     found = [path for path in folder.iterdir() if _REMNANT.fullmatch(path.name)] if folder.is_dir() else []
-    kinds = {path: path.name.partition(".")[2].partition("-")[0] for path in sorted(found, key=_step, reverse=True)}
+    kinds = {path: path.name.partition(".")[2].partition("-")[0] for path in sorted(found, key=step_of, reverse=True)}
     return [(path, why[kind]) for path, kind in kinds.items()]
 
 
@@ -192,7 +192,8 @@ def _stamp(path: Path) -> list[tuple[str, int, int]]:
     return sorted((name, status.st_size, status.st_mtime_ns) for name, status in found)
 
 
-def _step(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """The step in the name of a checkpoint's folder."""
     return int(path.name.removeprefix("step-").partition(".")[0])
 
 
