@@ -14,12 +14,10 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-from report import publish
+from report import lmtrain, publish
 
 SETTINGS = [
     *("data.seq_len=2048", "train.steps=400", "train.batch_tokens=2048", "optimizer.lr=1.5e-3", "model.dim=256"),
@@ -46,13 +44,6 @@ MIXERS = {
     "vq": ["model.mixers.far={kind: vq, heads: 6, head_dim: 64, block: 128, codes: 128}"],
 }
 """Overrides of configs/enwik8/dense.yaml, behind SETTINGS."""
-
-
-def lmtrain(*words: str) -> str:
-    """What the command prints on stdout; its mistakes are ours."""
-    return subprocess.run(
-        [sys.executable, "-m", "lmtrain", *words], check=True, stdout=subprocess.PIPE, text=True
-    ).stdout
 
 
 def result(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:

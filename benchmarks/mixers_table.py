@@ -15,14 +15,13 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from report import publish_all
+from report import lmtrain, publish_all
 
 from lmtrain.report.figures import STATE_LENGTH, state_bytes, variants_chart
 from lmtrain.report.svg import draw
@@ -48,8 +47,7 @@ def _pace(config: Path) -> list[float]:
     """Tokens per second in each of a few steps."""
     with TemporaryDirectory() as folder:
         words = [f"train.steps={STEPS}", "train.threads=1", "log.every=1", "eval.tokens=1024", f"run.dir={folder}/run"]
-        command = [sys.executable, "-m", "lmtrain", "train", str(config), *words]
-        subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+        lmtrain("train", str(config), *words, stderr=subprocess.DEVNULL)
         rows = read_metrics(Path(folder) / "run")
     return [row["tokens_per_second"] for row in rows if "split" not in row and row["step"] > WARM_UP]
 

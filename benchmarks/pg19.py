@@ -14,8 +14,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from enwik8_mixers import lmtrain
-from report import publish
+from report import lmtrain, publish
 
 MIXERS = ("dense", "local-mosa", "vq")
 

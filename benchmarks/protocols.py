@@ -18,8 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from enwik8_mixers import lmtrain
-from report import alternated, publish
+from report import alternated, lmtrain, publish
 
 from lmtrain.evaluation.evaluate import Evaluation, evaluate, evaluate_carried
 from lmtrain.restore import open_run

@@ -14,13 +14,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 from typing import Any
 
-from report import environment, table
+from report import environment, lmtrain, table
 
 from lmtrain.evaluation.heatmap import draw_grids
 from lmtrain.run import read_metrics
@@ -49,13 +47,6 @@ SHORTER = {"mqar": ["train.steps=1500"], "passkey": ["train.steps=1500", "data.s
 """Than in configs/recall: what dense attention learns with some steps to spare."""
 LEARNT = 0.95
 SETTINGS = ["train.threads=1", "log.tensorboard=false", "log.every=50"]
-
-
-def lmtrain(*words: str) -> str:
-    """What the command prints on stdout; its mistakes are ours."""
-    return subprocess.run(
-        [sys.executable, "-m", "lmtrain", *words], check=True, stdout=subprocess.PIPE, text=True
-    ).stdout
 
 
 def result(task: str, name: str, seed: int, folder: Path) -> dict[str, Any]:

@@ -1,8 +1,10 @@
-"""What every benchmark shares: medians of alternated repeats, tables, JSON with the environment beside the numbers."""
+"""What every benchmark shares: the command, medians of alternated repeats, tables, JSON with the environment in it."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,12 @@ def alternated(runs: Mapping[Name, Callable[[], Any]], repeats: int) -> dict[Nam
     for run in runs.values():
         run()
     return {name: timing.median for name, timing in timed_in_turn(runs, repeats).items()}
+
+
+def lmtrain(*words: str, **how: Any) -> str:
+    """What the command prints on stdout; its mistakes are ours. how: as of `subprocess.run`."""
+    command = [sys.executable, "-m", "lmtrain", *words]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, **how).stdout
 
 
 def table(rows: list[dict[str, Any]]) -> str:

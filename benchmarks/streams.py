@@ -15,8 +15,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from enwik8_mixers import lmtrain
-from report import publish
+from report import lmtrain, publish
 
 SETTINGS = [
     *("data.seq_len=512", "train.steps=300", "train.batch_tokens=4096", "optimizer.lr=2e-3", "model.dim=128"),
