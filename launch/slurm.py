@@ -96,7 +96,8 @@ def submit(path: Path) -> str:
     except FileNotFoundError:
         raise ValueError(f"--submit: no sbatch on this machine; {path} is written, submit it where Slurm is") from None
     if done.returncode:
-        raise ValueError(f"sbatch refused {path}: {done.stderr.strip() or done.stdout.strip()}")
+        why = done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}"
+        raise ValueError(f"sbatch refused {path}: {why}")
     return done.stdout.strip()
 
 
@@ -108,7 +109,8 @@ set -euo pipefail
 
 export PYTHONSAFEPATH=1  # a file data.py in this folder is not our package `data`
 export OMP_NUM_THREADS="${{OMP_NUM_THREADS:-1}}"
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+first="${{nodes%%$'\\n'*}}"  # not `| head -n 1`: a pipe closed early would end the script under pipefail
 port=$(({port} + SLURM_JOB_ID % 1000))
 
 srun --kill-on-bad-exit=1 python -m torch.distributed.run \\

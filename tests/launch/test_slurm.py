@@ -76,7 +76,7 @@ def test_the_script_trains_on_all_processes_and_goes_on_when_run_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With stand-ins for scontrol, sbatch and an srun that starts the one task of a single node."""
-    command(tmp_path, "scontrol", "echo localhost; echo elsewhere")
+    command(tmp_path, "scontrol", "echo localhost; sleep 0.3; echo elsewhere")
     command(tmp_path, "srun", 'while [[ "$1" == --* ]]; do shift; done; exec "$@"')
     command(tmp_path, "python", f'exec {shlex.quote(sys.executable)} "$@"')
     command(tmp_path, "sbatch", 'SLURM_JOB_ID=$$ SLURM_JOB_NODELIST=n bash "$1" 1>&2 && echo "Submitted batch job $$"')

@@ -89,7 +89,7 @@ def test_a_step_is_the_mean_over_scored_labels_however_it_is_cut(micro: int, aux
     assert by_hand.table.grad is not None
     torch.testing.assert_close(model.table.detach(), by_hand.table.detach() - 0.5 * by_hand.table.grad)
     assert info.loss == pytest.approx(float(total.detach() / count), rel=1e-6)
-    assert info.auxiliary == pytest.approx(float(added), rel=1e-6)
+    assert info.auxiliary == pytest.approx(float(added.detach()), rel=1e-6)
     assert info.grad_norm == pytest.approx(float(by_hand.table.grad.norm()), rel=1e-6)
     assert (info.lr, info.skipped, model.skips) == (0.5, False, [False])
 
