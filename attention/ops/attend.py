@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from attention.lifetimes import Lifetimes
-from attention.ops.attend_op import attend_op, union_op
-from attention.ops.attend_plan import FEW_QUERIES
+from attention.ops.attend_op import PATHS, attend_op, union_op, why_not
 
 DEBUG = os.environ.get("LMTRAIN_DEBUG") == "1"
 """Check on every device what only the data can tell, at the price of waiting for it. On a CPU it always is checked."""
 
-IMPLEMENTATIONS = ("reference", "torch", "triton")
+IMPLEMENTATIONS = ("reference", *PATHS)
 
 
 def attend(
@@ -44,9 +43,9 @@ def attend(
                pair is c exp(logit) with c = clip(u - tau, 0, 1), in numerator and normaliser (SPARSEK, arXiv
                2406.16747). tau may be -inf (c = 1).
     scale      of the logits, default D^-1/2
-    implementation   "torch"; "triton" (kernels, for CUDA devices); "reference" (quadratic memory: for tests).
-               Default: the kernels on a CUDA device where they can take the operands and there is more than a
-               token or two to decode, else torch
+    implementation   "torch"; "triton" (kernels for CUDA devices); "native" (kernels for CPUs, in C++);
+               "reference" (quadratic memory: for tests). Default: the kernels of the device where they can take
+               the operands, on a GPU if there is more than a token or two to decode; else torch
 
     Returns out [B, H, Nq, Dv] in q's type, and lse [B, H, Nq], natural log, float32 (float64 if q is). A query
     that meets nobody gets out = 0, lse = -inf and zero gradients. Differentiable in q, k, v, key_bias, u and tau,
@@ -59,8 +58,8 @@ def attend(
     if implementation == "reference":
         return attend_reference(q, k, v, life, time=time, key_bias=key_bias, gate=gate, scale=scale)
     u, tau = (None, None) if gate is None else gate
-    kernel = implementation == "triton" or (implementation is None and q.is_cuda and _takes_kernel(q, v))
-    return attend_op(q, k, v, life.birth, life.death, life.generation, time, key_bias, u, tau, float(scale), kernel)
+    path = implementation or ""
+    return attend_op(q, k, v, life.birth, life.death, life.generation, time, key_bias, u, tau, float(scale), path)
 
 
 @dataclass(frozen=True)
@@ -95,10 +94,9 @@ def attend_union(
         _check(one.q, one.k, one.v, one.life, time, one.key_bias, one.gate, None)
         if one.columns is not None:
             _check_columns(one, *one.columns)
-    widths = [one.q.shape[-1] + (0 if one.columns is None else one.columns[0].shape[-1]) for one in sets]
     if scale is None:
-        scale = widths[0] ** -0.5
-    kernel = all(one.q.is_cuda and _takes_kernel(one.q, one.v, width) for one, width in zip(sets, widths, strict=True))
+        columns = sets[0].columns
+        scale = (sets[0].q.shape[-1] + (0 if columns is None else columns[0].shape[-1])) ** -0.5
     tensors = [
         (
             *(one.q, one.k, one.v, one.life.birth, one.life.death, one.life.generation, time, one.key_bias),
@@ -107,7 +105,7 @@ def attend_union(
         )
         for one in sets
     ]
-    return union_op(tensors, float(scale), kernel)
+    return union_op(tensors, float(scale))
 
 
 def attend_reference(
@@ -206,8 +204,8 @@ def _check(
     if gate is not None:
         _check_one("gate[0] (u)", gate[0], keys, floating, q.device)
         _check_one("gate[1] (tau)", gate[1], queries, floating, q.device)
-    if implementation == "triton":
-        reason = _why_no_kernel(q, v)
+    if implementation in PATHS:
+        reason = why_not(implementation, q, v)
         if reason is not None:
             raise ValueError(f"implementation: {reason}")
     if time is not None and _may_look(time) and not bool((time[..., 1:] >= time[..., :-1]).all()):
@@ -225,20 +223,6 @@ def _check_columns(one: KeySet, of_q: Tensor, of_k: Tensor) -> None:
 def _may_look(x: Tensor) -> bool:
     """Whether a check may read numbers: not while a graph is traced, nor where it would wait for the device."""
     return (DEBUG or x.device.type == "cpu") and not torch.compiler.is_compiling()
-
-
-def _takes_kernel(q: Tensor, v: Tensor, width: int | None = None) -> bool:
-    """Whether the kernels serve a call best that does not say, with queries `width` wide, or as wide as they are.
-    Triton is imported by the first one on a GPU."""
-    return q.shape[2] > FEW_QUERIES and _why_no_kernel(q, v, width) is None
-
-
-def _why_no_kernel(q: Tensor, v: Tensor, width: int | None = None) -> str | None:
-    try:
-        from attention.ops.attend_triton import why_not
-    except ModuleNotFoundError as error:
-        return f"the Triton kernels need the package {error.name}"
-    return why_not(q, v, width)
 
 
 def _check_one(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:

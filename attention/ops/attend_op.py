@@ -10,21 +10,24 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from attention.lifetimes import Lifetimes, living_pairs
-from attention.ops import attend_torch
+from attention.ops import attend_native, attend_torch
 from attention.ops.attend_operands import Operands, empty_heads_last
+from attention.ops.attend_plan import FEW_QUERIES
 from attention.ops.merge import merge
 
 # Registered by hand rather than by `torch.library.custom_op`, which costs 60 us per call and its backward where this
 # costs 20: 5 % against 2 % of attention in the smallest training we care for (12 sequences of 64 tokens, 4 heads of
 # 32). opcheck, compile and activation checkpointing pass alike.
+PATHS = ("torch", "native", "triton")
+
 _library = torch.library.Library("attention", "FRAGMENT")
 _OPERANDS = (
     "Tensor q, Tensor k, Tensor v, Tensor birth, Tensor death, Tensor? generation, Tensor? time, "
     "Tensor? bias, Tensor? u, Tensor? tau"
 )
-_library.define(f"attend({_OPERANDS}, float scale, bool kernel) -> (Tensor out, Tensor lse)")
+_library.define(f"attend({_OPERANDS}, float scale, str path) -> (Tensor out, Tensor lse)")
 _library.define(
-    f"attend_backward(Tensor dout, Tensor? dlse, {_OPERANDS}, Tensor out, Tensor lse, float scale, bool kernel, "
+    f"attend_backward(Tensor dout, Tensor? dlse, {_OPERANDS}, Tensor out, Tensor lse, float scale, str path, "
     "bool wants_bias=True, int fixed=0) -> Tensor[]"
 )
 _forward_op = torch.ops.attention.attend.default
@@ -43,10 +46,10 @@ def attend_op(
     u: Tensor | None,
     tau: Tensor | None,
     scale: float,
-    kernel: bool,
+    path: str,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) of `attend`, as one operator; by the Triton kernels if `kernel`, else by torch."""
-    return _forward_op(q, k, v, birth, death, generation, time, bias, u, tau, scale, kernel)
+    """(out, lse) of `attend`, as one operator; `path`: one of PATHS, or "" for the fastest."""
+    return _forward_op(q, k, v, birth, death, generation, time, bias, u, tau, scale, path)
 
 
 def _forward(
@@ -61,11 +64,11 @@ def _forward(
     u: Tensor | None,
     tau: Tensor | None,
     scale: float,
-    kernel: bool,
+    path: str,
 ) -> tuple[Tensor, Tensor]:
     with _no_autocast(q):
         x, life = _operands(q, k, v, bias, u, tau, scale), Lifetimes(birth, death, generation)
-        return _path(kernel).attend_forward(x, life, time)
+        return _module(path, q, v).attend_forward(x, life, time)
 
 
 def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -89,7 +92,7 @@ def _backward(
     out: Tensor,
     lse: Tensor,
     scale: float,
-    kernel: bool,
+    path: str,
     wants_bias: bool = True,
     fixed: int = 0,
 ) -> list[Tensor]:
@@ -97,7 +100,7 @@ def _backward(
     as [B, G, Nk] and [B, H, Nq]."""
     with _no_autocast(q):
         x, life = _operands(q, k, v, bias, u, tau, scale), Lifetimes(birth, death, generation)
-        return _path(kernel).attend_backward(dout, dlse, x, life, time, out, lse, wants_bias, fixed).given
+        return _module(path, q, v).attend_backward(dout, dlse, x, life, time, out, lse, wants_bias, fixed).given
 
 
 def _fake_backward(
@@ -116,7 +119,7 @@ def _fake_backward(
     out: Tensor,
     lse: Tensor,
     scale: float,
-    kernel: bool,
+    path: str,
     wants_bias: bool = True,
     fixed: int = 0,
 ) -> list[Tensor]:
@@ -126,13 +129,34 @@ def _fake_backward(
     return grads + [empty_heads_last(t, dtype=lse.dtype) for t in owners]
 
 
-def _path(kernel: bool) -> Any:
-    """The module that computes; the kernels' is imported by the first call that takes it, and Triton with it."""
-    if not kernel:
-        return attend_torch
+def why_not(path: str, q: Tensor, v: Tensor) -> str | None:
+    """What keeps one of PATHS from taking these queries and values; None: nothing."""
+    if path == "torch":
+        return None
+    if path == "native":
+        return attend_native.why_not(q)
+    try:
+        from attention.ops import attend_triton
+    except ModuleNotFoundError as error:
+        return f"the Triton kernels need the package {error.name}"
+    return attend_triton.why_not(q, v)
+
+
+def _module(path: str, q: Tensor, v: Tensor) -> Any:
+    """The module that computes; the Triton kernels' is imported by the first call that takes it, and Triton with it."""
+    path = path or _fastest(q, v)
+    if path != "triton":
+        return attend_native if path == "native" else attend_torch
     from attention.ops import attend_triton
 
     return attend_triton
+
+
+def _fastest(q: Tensor, v: Tensor) -> str:
+    """The kernels of the device, where they can take the operands; on a GPU torch decodes a token or two."""
+    if q.is_cuda:
+        return "triton" if q.shape[2] > FEW_QUERIES and why_not("triton", q, v) is None else "torch"
+    return "native" if why_not("native", q, v) is None else "torch"
 
 
 def _no_autocast(q: Tensor) -> AbstractContextManager[Any]:
@@ -154,7 +178,7 @@ class _Attend(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
             out, lse = _forward_op(*args)
-        *tensors, ctx.scale, ctx.kernel = args
+        *tensors, ctx.scale, ctx.path = args
         ctx.save_for_backward(*tensors, out, lse)
         ctx.set_materialize_grads(False)
         return out, lse
@@ -167,7 +191,7 @@ class _Attend(torch.autograd.Function):
             dout = torch.zeros_like(out)
         wants_k, wants_bias = ctx.needs_input_grad[1], ctx.needs_input_grad[7]
         fixed = 0 if wants_k else tensors[1].shape[-1]
-        grads = _gradients(dout, dlse, tensors, out, lse, ctx.scale, ctx.kernel, wants_bias, fixed)
+        grads = _gradients(dout, dlse, tensors, out, lse, ctx.scale, ctx.path, wants_bias, fixed)
         return *grads, None, None
 
 
@@ -178,21 +202,21 @@ def _gradients(
     out: Tensor,
     lse: Tensor,
     scale: float,
-    kernel: bool,
+    path: str,
     wants_bias: bool,
     fixed: int,
 ) -> list[Any]:
     """Those of the ten tensors of `attend_op`, that of k without its last `fixed` columns: None if none is left."""
-    dq, dk, dv, *rest = _backward_op(dout, dlse, *tensors, out, lse, scale, kernel, wants_bias, fixed)
+    dq, dk, dv, *rest = _backward_op(dout, dlse, *tensors, out, lse, scale, path, wants_bias, fixed)
     optional = (tensors[7] if wants_bias else None, *tensors[8:])  # bias, u, tau
     last = [None if t is None else rest.pop(0).sum_to_size(t.shape) for t in optional]
     return [dq, dk if dk.shape[-1] else None, dv, None, None, None, None, *last]
 
 
-def union_op(sets: Sequence[tuple[Tensor | None, ...]], scale: float, kernel: bool) -> tuple[Tensor, Tensor]:
+def union_op(sets: Sequence[tuple[Tensor | None, ...]], scale: float) -> tuple[Tensor, Tensor]:
     """(out, lse) over the union of disjoint key sets, each the ten tensors of `attend_op` and then what follows on the
     columns of its q and k, both or none: [B, H, Nq, F] and, broadcastable to it, [B, G, Nk, F]."""
-    return _Union.apply(scale, kernel, *chain.from_iterable(sets))
+    return _Union.apply(scale, *chain.from_iterable(sets))
 
 
 class _Union(torch.autograd.Function):
@@ -200,11 +224,11 @@ class _Union(torch.autograd.Function):
     of all. So each set's backward pass, given these, is its part of the whole: no gradient passes through a merging."""
 
     @staticmethod
-    def forward(ctx: Any, scale: float, kernel: bool, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, scale: float, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
         sets = list(_in_groups(tensors, 12))
         joined = [_joined(*one) for one in sets]
-        out, lse = merge([_one_of_union(one, scale, kernel) for one in joined])
-        ctx.scale, ctx.kernel = scale, kernel
+        out, lse = merge([_one_of_union(one, scale) for one in joined])
+        ctx.scale = scale
         ctx.shapes = [(q.shape[-1], None if more is None else more.shape) for q, *_, more in sets]
         ctx.save_for_backward(*chain.from_iterable(joined), out, lse)
         ctx.set_materialize_grads(False)
@@ -216,21 +240,21 @@ class _Union(torch.autograd.Function):
         *tensors, out, lse = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(out)
-        grads: list[Tensor | None] = [None] * 2
-        wants = _in_groups(ctx.needs_input_grad[2:], 12)
+        grads: list[Tensor | None] = [None]
+        wants = _in_groups(ctx.needs_input_grad[1:], 12)
         for one, wanted, (width, more) in zip(_in_groups(tensors, 10), wants, ctx.shapes, strict=True):
             wants_k, wants_bias, wants_more = wanted[1], wanted[7], wanted[11]
             fixed = 0 if wants_more else one[1].shape[-1] - (width if wants_k else 0)
-            dq, dk, *rest = _gradients(dout, dlse, one, out, lse, ctx.scale, ctx.kernel, wants_bias, fixed)
+            dq, dk, *rest = _gradients(dout, dlse, one, out, lse, ctx.scale, "", wants_bias, fixed)
             grads += [dq[..., :width], dk[..., :width] if wants_k else None, *rest]
             grads.append(None if more is None else dq[..., width:])
             grads.append(dk[..., width:].sum_to_size(more) if wants_more else None)
         return tuple(grads)
 
 
-def _one_of_union(tensors: Sequence[Tensor | None], scale: float, kernel: bool) -> tuple[Tensor, Tensor]:
+def _one_of_union(tensors: Sequence[Tensor | None], scale: float) -> tuple[Tensor, Tensor]:
     """(out, lse) of one set; a tau that is no number must not pass for a share of 0."""
-    out, lse = _forward_op(*tensors, scale, kernel)
+    out, lse = _forward_op(*tensors, scale, "")
     tau = tensors[9]
     return out, lse if tau is None else lse.masked_fill(tau.isnan(), torch.nan)
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attention.ops.attend_operands import empty_heads_last
+from attention.ops.attend_operands import Gradients, Operands, empty_heads_last, heads_last
 
 
 class Stretch(NamedTuple):
@@ -108,10 +108,9 @@ def _one_more(mine: Stretch, new: Stretch, number: int) -> Stretch | None:
     return mine._replace(step=step)
 
 
-def segments_forward(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, segments: Segments, scale: float
-) -> tuple[Tensor, Tensor]:
-    """(out, lse). q [B, H, Nq, D], k [B, G, Nk, D], v [B, G, Nk, Dv]; bias [B, G, Nk] where groups are not causal."""
+def segments_forward(x: Operands, segments: Segments) -> tuple[Tensor, Tensor]:
+    """(out, lse) of `attend`, heads behind tokens in memory; a bias only where groups are not causal."""
+    q, k, v, bias, scale = x.q, x.k, x.v, x.bias, x.scale
     value_dim, group = v.shape[-1], q.shape[1] // k.shape[1]
     width = max(q.shape[-1], value_dim)
 
@@ -125,7 +124,7 @@ def segments_forward(
 
     if _one_call(segments, q, k):
         out, lse = call(q, k, v, bias)
-        return out, lse
+        return heads_last(out), heads_last(lse)
     out = empty_heads_last(q, v.shape[-1])
     lse = empty_heads_last(q, dtype=torch.promote_types(q.dtype, torch.float32))
     for target, nothing in ((out, 0.0), (lse, -torch.inf)):
@@ -137,24 +136,15 @@ def segments_forward(
 
 
 def segments_backward(
-    dout: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    segments: Segments,
-    scale: float,
-    fixed: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv), dk without its last `fixed` columns.
+    dout: Tensor, dlse: Tensor | None, x: Operands, out: Tensor, lse: Tensor, segments: Segments, fixed: int = 0
+) -> Gradients:
+    """Gradients of q, k without its last `fixed` columns, and v, heads behind tokens in memory.
 
     The kernel knows no gradient of lse; one more value column of zeros brings it in. It computes delta = sum(out *
     dout) per query. With out' = [out, -1], dout' = [dout, dlse] and v' = [v, 0] it computes delta - dlse, and the
     products dout' v'^T stay what they were: exactly what is needed.
     """
+    q, k, v, bias, scale = x.q, x.k, x.v, x.bias, x.scale
     dtype, dim, value_dim, group = q.dtype, q.shape[-1], v.shape[-1], q.shape[1] // k.shape[1]
     wanted = dim - fixed
     if bias is not None or not _one_call(segments, q, k):  # weights exp(-inf - lse) of who meets nobody are 0, too
@@ -176,8 +166,8 @@ def segments_backward(
         return [dq[..., :dim], dk[..., :wanted], dv[..., :value_dim]]
 
     if _one_call(segments, q, k):
-        dq, dk, dv = call(q, dout, out, lse, k, v, bias)
-        return dq.to(dtype), dk.to(dtype), dv.to(dtype)
+        grads = call(q, dout, out, lse, k, v, bias)
+        return Gradients(*(heads_last(t.to(dtype)) for t in grads), None, None, None)
     dq, dk, dv = (empty_heads_last(x, width, dtype=dtype) for x, width in ((q, dim), (k, wanted), (v, value_dim)))
     _fill_rest(dq, segments, 0.0, lambda run: run.queries)
     for target in (dk, dv):
@@ -187,7 +177,7 @@ def segments_backward(
         here = call(*queries, *_fold(run.keys, run, examples, k, v, bias))
         _unfold(run.queries, run, examples, (dq,), here[:1])
         _unfold(run.keys, run, examples, (dk, dv), here[1:])
-    return dq, dk, dv
+    return Gradients(dq, dk, dv, None, None, None)
 
 
 def _one_call(segments: Segments, q: Tensor, k: Tensor) -> bool:

@@ -27,9 +27,9 @@ TYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOG2_E = math.log2(math.e)
 
 
-def why_not(q: Tensor, v: Tensor, width: int | None = None) -> str | None:
-    """What keeps the kernels from taking these queries, `width` or as wide as they are, and values; None: nothing."""
-    widest = max(width or q.shape[-1], v.shape[-1])
+def why_not(q: Tensor, v: Tensor) -> str | None:
+    """What keeps the kernels from taking these queries and values; None: nothing."""
+    widest = max(q.shape[-1], v.shape[-1])
     if q.dtype not in TYPES:
         return f"the Triton kernels take float32, bfloat16 or float16, got {q.dtype}"
     if widest > WIDEST:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attention.lifetimes import FOREVER
+from attention.ops import select_native
 
 
 def streaming_top_k(
@@ -34,31 +35,14 @@ def streaming_top_k(
     """
     if keep < 1 + include_first:
         raise ValueError(f"keep must be >= {1 + include_first}, got {keep}")
-    number = score.shape[-1]
-    token = torch.arange(number, device=score.device)
+    token = torch.arange(score.shape[-1], device=score.device)
     score = score.detach().masked_fill(score.isnan(), -torch.inf)
     time = (token if time is None else time).expand(score.shape)
     began = torch.zeros_like(time) if start is None else start.expand(score.shape)
     began = began.masked_fill(time == FOREVER, -FOREVER)  # before all documents, so in the way of none
-    first = time == began
-    if include_first:
-        score = score.masked_fill(first, -torch.inf)  # being the oldest, it is the least: it outranks nobody
-
-    order = score.argsort(dim=-1, stable=True)
-    if start is not None:
-        order = order.gather(-1, began.gather(-1, order).argsort(dim=-1, stable=True))
-    order = order.flip(-1)
-    # In front of a token stand the better ones of its document, and all those of later documents: they have larger
-    # numbers, so they come last among the smallest.
-    outranked = _smallest_of_prefixes(order, keep - include_first)
-    outranked = torch.empty_like(order).scatter_(-1, order, outranked)
-
-    by = outranked.clamp(max=max(number - 1, 0))
-    never = outranked == number
-    if start is not None:
-        never |= began.gather(-1, by) != began
-    death = torch.maximum(time.gather(-1, by), time).masked_fill(never, FOREVER)
-    return death.masked_fill(first, FOREVER) if include_first else death
+    if select_native.takes(score):
+        return select_native.streaming_top_k(score, time, began, keep, include_first)
+    return _all_prefixes(score, time, began, keep, include_first, start is not None)
 
 
 def listed(chosen: Tensor) -> Tensor:
@@ -72,6 +56,32 @@ def listed(chosen: Tensor) -> Tensor:
     lists = place.new_full((*chosen.shape[:-1], longest + 1), -1)
     # Who is not chosen goes to a last column, which is dropped.
     return lists.scatter_(-1, torch.where(chosen, place - 1, longest), numbers)[..., :longest]
+
+
+def _all_prefixes(
+    score: Tensor, time: Tensor, began: Tensor, keep: int, include_first: bool, documents: bool
+) -> Tensor:
+    """`streaming_top_k` on any device, all tokens at once; `documents`: there may be several."""
+    number = score.shape[-1]
+    first = time == began
+    if include_first:
+        score = score.masked_fill(first, -torch.inf)  # being the oldest, it is the least: it outranks nobody
+
+    order = score.argsort(dim=-1, stable=True)
+    if documents:
+        order = order.gather(-1, began.gather(-1, order).argsort(dim=-1, stable=True))
+    order = order.flip(-1)
+    # In front of a token stand the better ones of its document, and all those of later documents: they have larger
+    # numbers, so they come last among the smallest.
+    outranked = _smallest_of_prefixes(order, keep - include_first)
+    outranked = torch.empty_like(order).scatter_(-1, order, outranked)
+
+    by = outranked.clamp(max=max(number - 1, 0))
+    never = outranked == number
+    if documents:
+        never |= began.gather(-1, by) != began
+    death = torch.maximum(time.gather(-1, by), time).masked_fill(never, FOREVER)
+    return death.masked_fill(first, FOREVER) if include_first else death
 
 
 def _smallest_of_prefixes(order: Tensor, keep: int) -> Tensor:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attention.lifetimes import FOREVER
+from attention.ops import select_native
 from attention.ops.select import streaming_top_k
 
 CHUNK = 64  # tokens that share one sorted list of candidates
@@ -81,7 +82,11 @@ class _Threshold(torch.autograd.Function):
         ctx: Any, u: Tensor, left: Tensor, document: Tensor, end: Tensor, keep: int, candidates: int
     ) -> tuple[Tensor, Tensor]:
         wrong = ~u.isfinite()
-        tau = _thresholds(u.masked_fill(wrong, 0.0), left, document, keep, candidates)
+        finite = u.masked_fill(wrong, 0.0)
+        if select_native.takes(u):
+            tau = select_native.sparsek_thresholds(finite, left, document, keep)
+        else:
+            tau = _thresholds(finite, left, document, keep, candidates)
         before = F.pad(wrong.cumsum(-1), (1, 0))
         first = torch.searchsorted(document, document)
         tau = tau.masked_fill(before[..., 1:] > before.gather(-1, first), torch.nan)

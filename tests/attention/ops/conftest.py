@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from attention.lifetimes import FOREVER, Lifetimes, causal, window
-from attention.ops import attend_plan, attend_torch
+from attention.ops import attend_plan, attend_route
 
 T = 150  # a ragged third tile of 64
 
@@ -279,11 +279,11 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attend_plan, "SMALL", 0)
     monkeypatch.setattr(attend_plan, "FEW_QUERIES", 0)
     monkeypatch.setattr(attend_plan, "LOGITS", 64 * 2 * 80 * 2)
-    monkeypatch.setattr(attend_torch, "_remembered", [])
+    monkeypatch.setattr(attend_route, "_remembered", [])
 
 
 @pytest.fixture
 def no_fused_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a device where the fused causal kernel is missing."""
-    monkeypatch.setattr(attend_torch, "find_segments", lambda *args: None)
-    monkeypatch.setattr(attend_torch, "_remembered", [])
+    monkeypatch.setattr(attend_route, "find_segments", lambda *args: None)
+    monkeypatch.setattr(attend_route, "_remembered", [])

@@ -230,10 +230,10 @@ def test_operators_keep_their_contract():
     q, k, v = operands()
     token = torch.arange(40, dtype=torch.int32, device=DEVICE)
     given = (q, k, v, token, token + 9, token % 2, None, None, None, None)
-    torch.library.opcheck(torch.ops.attention.attend.default, (*given, 0.3, True))
-    out, lse = torch.ops.attention.attend(*given, 0.3, True)
+    torch.library.opcheck(torch.ops.attention.attend.default, (*given, 0.3, "triton"))
+    out, lse = torch.ops.attention.attend(*given, 0.3, "triton")
     saved = [None if t is None else t.detach() for t in (*given, out, lse)]
-    given = (saved[-2], saved[-1], *saved, 0.3, True)
+    given = (saved[-2], saved[-1], *saved, 0.3, "triton")
     for fixed in (0, 2):
         torch.library.opcheck(torch.ops.attention.attend_backward.default, (*given, True, fixed))
     (_, all_of_dk, _), (_, dk, _) = (torch.ops.attention.attend_backward(*given, True, fixed) for fixed in (0, 2))

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from attention.lifetimes import FOREVER, Lifetimes, causal, living_pairs, window
 from attention.ops.attend import attend, attend_reference
 from attention.ops.attend_operands import Operands
-from attention.ops.attend_torch import find_route
+from attention.ops.attend_route import find_route
 
 
 def qkv(*, batch=2, heads=4, kv_heads=2, length=70, dim=8, dtype=torch.float32):
@@ -61,10 +61,10 @@ def test_operators_keep_their_contract(pattern, gated):
     q, k, v = qkv(dtype=torch.float64)
     life, optional = pattern(70), optional_operands(70) if gated else (None, None, None)
     operands = (q, k, v, life.birth, life.death, None, None, *optional)
-    torch.library.opcheck(torch.ops.attention.attend.default, (*operands, 0.3, False))
-    out, lse = torch.ops.attention.attend(*operands, 0.3, False)
+    torch.library.opcheck(torch.ops.attention.attend.default, (*operands, 0.3, "torch"))
+    out, lse = torch.ops.attention.attend(*operands, 0.3, "torch")
     saved = [None if t is None else t.detach() for t in (*operands, out, lse)]
-    given = (saved[-2], saved[-1], *saved, 0.3, False)
+    given = (saved[-2], saved[-1], *saved, 0.3, "torch")
     for fixed in (0, 2, q.shape[-1]):
         torch.library.opcheck(torch.ops.attention.attend_backward.default, (*given, True, fixed))
 
@@ -75,8 +75,8 @@ def test_columns_of_keys_without_gradient(pattern):
     q, k, v = (t.detach() for t in qkv(dtype=torch.float64))
     life = pattern(70)
     operands = (q, k, v, life.birth, life.death, None, None, None, None, None)
-    out, lse = torch.ops.attention.attend(*operands, 0.3, False)
-    given = (out.cos(), lse.sin(), *operands, out, lse, 0.3, False, True)
+    out, lse = torch.ops.attention.attend(*operands, 0.3, "torch")
+    given = (out.cos(), lse.sin(), *operands, out, lse, 0.3, "torch", True)
     expected = torch.ops.attention.attend_backward(*given)
     for fixed in (1, q.shape[-1]):
         dq, dk, dv = torch.ops.attention.attend_backward(*given, fixed)

@@ -1,0 +1,99 @@
+"""Kernels for CPUs in C++, compiled for this processor when they are first needed, and kept for the next time.
+
+A compiler that knows OpenMP is all it takes (`CXX`, or c++, g++ or clang++); without one the same operations run in
+torch. What is compiled lies in the user's cache, named after the source, the compiler and the processor.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+HERE = Path(__file__).parent
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+SWITCH = "LMTRAIN_NATIVE"  # 0: do without
+
+
+class Unavailable(Exception):
+    """Why there are no kernels: one sentence for the user."""
+
+
+@cache
+def library(name: str) -> ctypes.CDLL:
+    """The kernels of `name`.cpp beside this file. Unavailable if this machine cannot compile them, or shall not."""
+    if os.environ.get(SWITCH) == "0":
+        raise Unavailable(f"the C++ kernels are switched off by {SWITCH}=0")
+    compiler = _compiler()
+    source = HERE / f"{name}.cpp"
+    target = folder() / f"{name}-{_fingerprint(source, compiler)}.so"
+    if not target.exists():
+        _compile(source, compiler, target)
+    return ctypes.CDLL(str(target))
+
+
+@cache
+def why_not(name: str) -> str | None:
+    """What keeps this machine from having the kernels of `name`; None: nothing."""
+    try:
+        library(name)
+    except Unavailable as error:
+        return str(error)
+    return None
+
+
+def folder() -> Path:
+    """Where compiled kernels are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lmtrain" / "native"
+
+
+def _compiler() -> str:
+    wanted = os.environ.get("CXX")
+    for name in [wanted] if wanted else ["c++", "g++", "clang++"]:
+        found = shutil.which(name)
+        if found:
+            return found
+    raise Unavailable(f"the C++ kernels need a compiler: {wanted or 'c++, g++ or clang++'} is not on this machine")
+
+
+def _fingerprint(source: Path, compiler: str) -> str:
+    """Of all that decides what is compiled. The processor's abilities are among it: a home may be shared by machines."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    parts = [*(path.read_text() for path in sorted(HERE.glob("*.h"))), source.read_text(), version, *FLAGS, _abilities()]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _abilities() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()} {platform.node()}"
+    return "\n".join(dict.fromkeys(x for x in lines if x.startswith(("flags", "Features", "model name", "CPU part"))))
+
+
+def _compile(source: Path, compiler: str, target: Path) -> None:
+    """By one process at a time, and into place in one step."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with open(target.parent / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if target.exists():
+                return
+            with tempfile.TemporaryDirectory(dir=target.parent) as here:
+                made = Path(here) / target.name
+                done = subprocess.run(
+                    [compiler, *FLAGS, "-o", str(made), str(source)], capture_output=True, text=True, check=False
+                )
+                if done.returncode:
+                    first = next((x for x in done.stderr.splitlines() if "error" in x), done.stderr.strip())
+                    raise Unavailable(f"the C++ kernels cannot be compiled by {compiler}: {first}")
+                made.replace(target)
+    except OSError as error:
+        raise Unavailable(f"the C++ kernels have no place to lie in: {error}") from error
