@@ -17,6 +17,8 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+from torch import Tensor
+
 HERE = Path(__file__).parent
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 SWITCH = "LMTRAIN_NATIVE"  # 0: do without
@@ -47,6 +49,17 @@ def why_not(name: str) -> str | None:
     except Unavailable as error:
         return str(error)
     return None
+
+
+def pointers(*tensors: Tensor | None) -> list[ctypes.c_void_p]:
+    """Arguments of a kernel: where contiguous tensors begin; None: nowhere. The caller holds them until it returns."""
+    assert all(x is None or x.is_contiguous() for x in tensors)
+    return [ctypes.c_void_p(None if x is None else x.data_ptr()) for x in tensors]
+
+
+def sizes(*values: int) -> list[ctypes.c_int64]:
+    """Arguments of a kernel: whole numbers."""
+    return [ctypes.c_int64(value) for value in values]
 
 
 def folder() -> Path:

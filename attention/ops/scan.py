@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from attention.ops import scan_torch
+from attention.ops import scan_native, scan_torch
 
-IMPLEMENTATIONS = ("reference", "torch", "triton")
+PATHS = ("torch", "native", "triton")
+IMPLEMENTATIONS = ("reference", *PATHS)
 
 
 def diagonal_scan(
@@ -33,8 +34,8 @@ def diagonal_scan(
 
     x [B, T, C], floating; log_decay (at most 0), b, c [C, N]; h0 [B, C, N], what was before, default 0; reset bool
     [B, T], where a document begins.
-    implementation   "torch"; "triton" (kernels, for CUDA devices); "reference" (step by step: for tests). Default: the
-                     kernels on a CUDA device where they can take the operands, else torch
+    implementation   "torch"; "triton" (kernels for CUDA devices); "native" (kernels for CPUs, in C++); "reference" (step
+                     by step: for tests). Default: the kernels of the device where they can take the operands, else torch
 
     Returns y [B, T, C] and h [B, C, N] behind the last token, in at least float32 whatever the type of x, also under
     autocast: decays near 1 do not survive 16 bits. Differentiable in x, log_decay, b, c and h0, through y and h. No
@@ -44,12 +45,11 @@ def diagonal_scan(
     _check(x, log_decay, b, c, h0, reset, implementation)
     if implementation == "reference":
         return diagonal_scan_reference(x, log_decay, b, c, h0, reset)
-    kernel = implementation == "triton" or (implementation is None and x.is_cuda and _why_no_kernel(x, b) is None)
     wide = _wide(x, log_decay)
     log_decay, b, c = (t.to(wide) for t in (log_decay, b, c))
     if h0 is None:
         h0 = x.new_zeros(x.shape[0], *b.shape, dtype=wide)
-    return torch.ops.attention.diagonal_scan(x, log_decay, b, c, h0.to(wide), reset, kernel)
+    return torch.ops.attention.diagonal_scan(x, log_decay, b, c, h0.to(wide), reset, implementation or "")
 
 
 def diagonal_scan_reference(
@@ -72,15 +72,15 @@ def diagonal_scan_reference(
 
 _library = torch.library.Library("attention", "FRAGMENT")
 _OPERANDS = "Tensor x, Tensor log_decay, Tensor b, Tensor c, Tensor h0, Tensor? reset"
-_library.define(f"diagonal_scan({_OPERANDS}, bool kernel) -> (Tensor y, Tensor h)")
-_library.define(f"diagonal_scan_backward(Tensor dy, Tensor dh, {_OPERANDS}, bool kernel) -> Tensor[]")
+_library.define(f"diagonal_scan({_OPERANDS}, str path) -> (Tensor y, Tensor h)")
+_library.define(f"diagonal_scan_backward(Tensor dy, Tensor dh, {_OPERANDS}, str path) -> Tensor[]")
 
 
 def _forward(
-    x: Tensor, log_decay: Tensor, b: Tensor, c: Tensor, h0: Tensor, reset: Tensor | None, kernel: bool
+    x: Tensor, log_decay: Tensor, b: Tensor, c: Tensor, h0: Tensor, reset: Tensor | None, path: str
 ) -> tuple[Tensor, Tensor]:
     with _no_autocast(x):
-        return _path(kernel).scan_forward(x, log_decay, b, c, h0, reset)
+        return _module(path, x, b).scan_forward(x, log_decay, b, c, h0, reset)
 
 
 def _backward(
@@ -92,18 +92,19 @@ def _backward(
     c: Tensor,
     h0: Tensor,
     reset: Tensor | None,
-    kernel: bool,
+    path: str,
 ) -> list[Tensor]:
     """Gradients of x, log_decay, b, c and h0."""
     with _no_autocast(x):
-        dx, *others = _path(kernel).scan_backward(dy, dh, x, log_decay, b, c, h0, reset)
+        dx, *others = _module(path, x, b).scan_backward(dy, dh, x, log_decay, b, c, h0, reset)
         return [dx.to(x.dtype), *others]
 
 
-def _path(kernel: bool) -> Any:
-    """The module that computes; the kernels' is imported by the first call that takes it, and Triton with it."""
-    if not kernel:
-        return scan_torch
+def _module(path: str, x: Tensor, b: Tensor) -> Any:
+    """The module that computes; the Triton kernels' is imported by the first call that takes it, and Triton with it."""
+    path = path or next(p for p in (("triton" if x.is_cuda else "native"), "torch") if _why_not(p, x, b) is None)
+    if path != "triton":
+        return scan_native if path == "native" else scan_torch
     from attention.ops import scan_triton
 
     return scan_triton
@@ -112,7 +113,7 @@ def _path(kernel: bool) -> Any:
 class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        *tensors, ctx.kernel = args
+        *tensors, ctx.path = args
         ctx.save_for_backward(*tensors)
         with torch._C._AutoDispatchBelowAutograd():
             return torch.ops.attention.diagonal_scan(*args)
@@ -120,7 +121,7 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor, dh: Tensor) -> tuple[Tensor | None, ...]:
-        return *torch.ops.attention.diagonal_scan_backward(dy, dh, *ctx.saved_tensors, ctx.kernel), None, None
+        return *torch.ops.attention.diagonal_scan_backward(dy, dh, *ctx.saved_tensors, ctx.path), None, None
 
 
 def _differentiable(*args: Any) -> tuple[Tensor, Tensor]:
@@ -167,12 +168,17 @@ def _wide(x: Tensor, log_decay: Tensor) -> torch.dtype:
     return torch.promote_types(torch.promote_types(x.dtype, torch.float32), log_decay.dtype)
 
 
-def _why_no_kernel(x: Tensor, b: Tensor) -> str | None:
+def _why_not(path: str, x: Tensor, b: Tensor) -> str | None:
+    """What keeps one of PATHS from taking these inputs and parameters; None: nothing."""
+    if path == "torch":
+        return None
+    if path == "native":
+        return scan_native.why_not(x, b)
     try:
-        from attention.ops.scan_triton import why_not
+        from attention.ops import scan_triton
     except ModuleNotFoundError as error:
         return f"the Triton kernels need the package {error.name}"
-    return why_not(x, b)
+    return scan_triton.why_not(x, b)
 
 
 def _check(
@@ -200,8 +206,8 @@ def _check(
     for name, t in (("log_decay", log_decay), ("b", b), ("c", c), ("h0", h0), ("reset", reset)):
         if t is not None and t.device != x.device:
             raise ValueError(f"{name}: expected device {x.device} as x's, got {t.device}")
-    if implementation == "triton":
-        reason = _why_no_kernel(x, _wide_like(b, x, log_decay))
+    if implementation in PATHS:
+        reason = _why_not(implementation, x, _wide_like(b, x, log_decay))
         if reason is not None:
             raise ValueError(f"implementation: {reason}")
 

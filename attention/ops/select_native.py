@@ -5,12 +5,10 @@ Legend of shapes: B batch, H heads, N tokens; R = B H lists.
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 from torch import Tensor
 
-from attention.native import library, why_not
+from attention.native import library, pointers, sizes, why_not
 
 
 def takes(score: Tensor) -> bool:
@@ -24,9 +22,9 @@ def streaming_top_k(score: Tensor, time: Tensor, began: Tensor, keep: int, inclu
     death = torch.empty_like(time)
     number = score.shape[-1]
     library("select").streaming_top_k(
-        *_pointers(score, time, began),
-        *_integers(score.numel() // max(1, number), number, keep, include_first, torch.get_num_threads()),
-        *_pointers(death),
+        *pointers(score, time, began),
+        *sizes(score.numel() // max(1, number), number, keep, include_first, torch.get_num_threads()),
+        *pointers(death),
     )
     return death
 
@@ -37,16 +35,8 @@ def sparsek_thresholds(u: Tensor, left: Tensor, document: Tensor, keep: int) -> 
     tau = torch.empty_like(score)
     number = score.shape[-1]
     library("select").sparsek_thresholds(
-        *_pointers(score, left, document),
-        *_integers(score.numel() // max(1, number), number, keep, torch.get_num_threads()),
-        *_pointers(tau),
+        *pointers(score, left, document),
+        *sizes(score.numel() // max(1, number), number, keep, torch.get_num_threads()),
+        *pointers(tau),
     )
     return tau.to(u.dtype)
-
-
-def _pointers(*tensors: Tensor) -> list[ctypes.c_void_p]:
-    return [ctypes.c_void_p(x.data_ptr()) for x in tensors]
-
-
-def _integers(*values: int) -> list[ctypes.c_int64]:
-    return [ctypes.c_int64(value) for value in values]

@@ -183,10 +183,10 @@ def test_activation_checkpointing():
 @pytest.mark.parametrize("share", [None, 0.1])
 def test_operators_keep_their_contract(share):
     leaves, reset = operands(9), resets(share, 9)
-    torch.library.opcheck(torch.ops.attention.diagonal_scan.default, (*leaves, reset, False))
+    torch.library.opcheck(torch.ops.attention.diagonal_scan.default, (*leaves, reset, "torch"))
     saved = [t.detach() for t in leaves]
     torch.library.opcheck(
-        torch.ops.attention.diagonal_scan_backward.default, (saved[0], saved[-1], *saved, reset, False)
+        torch.ops.attention.diagonal_scan_backward.default, (saved[0], saved[-1], *saved, reset, "torch")
     )
 
 

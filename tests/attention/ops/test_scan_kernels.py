@@ -112,7 +112,7 @@ def test_the_future_changes_nothing():
 def test_operators_keep_their_contract():
     torch.use_deterministic_algorithms(False)
     leaves, reset = operands(1, 9, 3, 2, resets=0.2)
-    torch.library.opcheck(torch.ops.attention.diagonal_scan.default, (*leaves, reset, True))
+    torch.library.opcheck(torch.ops.attention.diagonal_scan.default, (*leaves, reset, "triton"))
 
 
 def test_what_the_kernels_cannot_take_is_said(monkeypatch):
