@@ -32,20 +32,22 @@ struct Tensor {
     int64_t example, head, item;
 };
 
-// start, stop [B, G, r, Nk]: the queries that meet a key are start <= i < stop. Their steps along r are given apart.
-struct Call {
-    int64_t B, H, G, Nq, Nk, D, V, chunks, threads;
-    int64_t start_group, stop_group;
-    float scale;
-    Tensor q, k, v, bias, u, tau, start, stop;
-    Tensor out, lse;
+struct Given {
+    int64_t B, H, G, Nq, Nk, D, V;
+    int64_t wanted;  // the first columns of k, a multiple of 16, want a gradient
+    int64_t chunks, threads;
+    Tensor start, stop;  // [B, G, r, Nk]: the queries that meet a key are start <= i < stop
+    Tensor q, k, v, bias, u, tau, out, lse;
     // Of the backward pass alone; dk, dv, dbias and du are zeros before it.
-    Tensor dout, delta, dq, dk, dv, dbias, du, dtau;
-    int64_t wanted;  // the first columns of dk, a multiple of 16
+    Tensor dout, dlse, dq, dk, dv, dbias, du, dtau;
 };
 }
 
 namespace {
+
+struct Call : Given {
+    float scale;
+};
 
 template <class T = float>
 T* at(const Tensor& x, int64_t example, int64_t head, int64_t item = 0) {
@@ -147,7 +149,7 @@ struct Orders {
     explicit Orders(const Call& call) : call(call) {
         examples = call.start.example || call.stop.example ? call.B : 1;
         heads = call.start.head || call.stop.head ? call.G : 1;
-        group = call.start_group || call.stop_group ? call.H / call.G : 1;
+        group = call.start.item || call.stop.item ? call.H / call.G : 1;
         lists.resize(examples * heads * group);
 #pragma omp parallel for num_threads(call.threads)
         for (int64_t i = 0; i < int64_t(lists.size()); ++i) {
@@ -156,10 +158,10 @@ struct Orders {
         }
     }
     const int32_t* start(int64_t b, int64_t g, int64_t r) const {
-        return at<int32_t>(call.start, b, g) + r * call.start_group;
+        return at<int32_t>(call.start, b, g) + r * call.start.item;
     }
     const int32_t* stop(int64_t b, int64_t g, int64_t r) const {
-        return at<int32_t>(call.stop, b, g) + r * call.stop_group;
+        return at<int32_t>(call.stop, b, g) + r * call.stop.item;
     }
     Walk walk(int64_t b, int64_t g, int64_t r) const {
         const int64_t list = (b % examples * heads + g % heads) * group + r % group;
@@ -184,7 +186,8 @@ struct Pairs {
             last[w] = int32_t(std::min<int64_t>(stop[key] - lo, TILE));
             whole[w] = first[w] <= 0 && last[w] >= queries;
             bias[w] = of_bias ? of_bias[key * call.bias.item] * LOG2_E : 0.0f;
-            u[w] = of_u ? std::max(-most, std::min(most, of_u[key * call.u.item])) : 0.0f;
+            const float score = of_u ? of_u[key * call.u.item] : 0.0f;  // where tau is -inf the share is 1, whatever u
+            u[w] = score > most ? most : (score < -most ? -most : score);
         }
     }
     Ints met(int w, int lane) const {
@@ -196,9 +199,10 @@ struct Pairs {
     float bias[BLOCK], u[BLOCK];
 };
 
+// clip(u - tau, 0, 1), no number where that is none.
 inline Floats share_of(float u, Floats tau) {
     const Floats above = u - tau;
-    return above >= all(1.0f) ? all(1.0f) : (above > Floats{} ? above : Floats{});
+    return above >= all(1.0f) ? all(1.0f) : (above <= Floats{} ? Floats{} : above);
 }
 
 // Rows of `from` [count, width], times `factor`, as [TILE][width] and turned, [width][TILE]; zeros behind the last.
@@ -298,7 +302,10 @@ struct Forward {
             for (int w = 0; w < number; ++w) {
                 float* place = logits + w * TILE + lane;
                 Floats weight = power_of_2(load(place) - finite);
-                if (GATED) weight *= share_of(pairs.u[w], of_tau);
+                if (GATED) {
+                    weight *= share_of(pairs.u[w], of_tau);
+                    if (!pairs.whole[w]) weight = pairs.met(w, lane) ? weight : Floats{};
+                }
                 sum += weight;
                 store(place, weight);
             }
@@ -370,8 +377,10 @@ struct Backward {
         turn(call.dout, b, h, lo, queries, call.V, 1, dout_rows, 1, dout_turned);
         for (int m = 0; m < TILE; ++m) {
             const bool here = m < queries;
-            lse[m] = here ? *at(call.lse, b, h, lo + m) * LOG2_E : std::numeric_limits<float>::infinity();
-            delta[m] = here ? *at(call.delta, b, h, lo + m) : 0.0f;
+            const float mine = here ? *at(call.lse, b, h, lo + m) : NOBODY;
+            // Who met nobody has weights exp(-inf), and no gradient even where that of its lse is not finite.
+            lse[m] = mine == NOBODY ? std::numeric_limits<float>::infinity() : mine * LOG2_E;
+            delta[m] = mine == NOBODY ? 0.0f : delta_of(b, h, lo + m);
             tau[m] = call.tau.data && here ? *at(call.tau, b, h, lo + m) : 0.0f;
             dtau[m] = 0.0f;
         }
@@ -406,6 +415,14 @@ struct Backward {
             for (int d = 0; d < call.D; ++d) to[d] = dq[m * call.D + d] * call.scale;
             if (call.dtau.data) *at(call.dtau, b, h, lo + m) = dtau[m];
         }
+    }
+
+    // sum(out * dout) - dlse.
+    float delta_of(int64_t b, int64_t h, int64_t query) const {
+        const float *out = at(call.out, b, h, query), *dout = at(call.dout, b, h, query);
+        Floats total{};
+        for (int64_t d = 0; d < call.V; d += LANES) total += load(out + d) * load(dout + d);
+        return sum(total) - (call.dlse.data ? *at(call.dlse, b, h, query) : 0.0f);
     }
 
     // Logits and products dout v -> weights and gradients of the logits.
@@ -482,8 +499,8 @@ int64_t bound(const Call& call, int64_t chunk) {
 
 }  // namespace
 
-extern "C" void attend_forward(const Call* given) {
-    const Call& call = *given;
+extern "C" void attend_forward(const Given* given, float scale) {
+    const Call call{*given, scale};
     const Orders orders(call);
     const int64_t group = call.H / call.G;
 #pragma omp parallel num_threads(call.threads)
@@ -501,8 +518,8 @@ extern "C" void attend_forward(const Call* given) {
     }
 }
 
-extern "C" void attend_backward(const Call* given) {
-    const Call& call = *given;
+extern "C" void attend_backward(const Given* given, float scale) {
+    const Call call{*given, scale};
     const Orders orders(call);
     const int64_t heads = call.B * call.G;
     std::vector<Apart> apart(heads * call.chunks);

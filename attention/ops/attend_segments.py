@@ -38,6 +38,11 @@ class Segments(NamedTuple):
     rows: list[list[Run]]
     causal: bool
 
+    @property
+    def longest(self) -> int:
+        """Queries of the longest group."""
+        return max((run.queries.length for row in self.rows for run in row), default=0)
+
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default

@@ -15,10 +15,7 @@ from attention.ops.attend import attend, attend_reference
 from tests.attention.ops.conftest import LONG_CASES, T
 
 REASON = native.why_not("attend")
-pytestmark = [
-    pytest.mark.skipif(REASON is not None, reason=str(REASON)),
-    pytest.mark.usefixtures("no_fused_kernel"),  # which would take the segments
-]
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 
 def in_float32(case):
@@ -143,6 +140,16 @@ def test_a_number_that_is_none_shows():
     assert torch.equal(lse.isnan()[0, 0], hit)
 
 
+@pytest.mark.parametrize("of_key", [True, False])
+def test_a_share_that_is_no_number_shows(of_key):
+    """To the queries that meet the key, or to the query whose threshold it is, and to nobody else."""
+    q, k, v = torch.randn(3, 1, 1, 100, 16).unbind()
+    u, tau = torch.ones(1, 1, 100), torch.zeros(1, 1, 100)
+    (u if of_key else tau)[0, 0, 50] = torch.nan
+    out, _ = attend(q, k, v, window(100, 10), gate=(u, tau), implementation="native")
+    assert out.isnan().any(-1)[0, 0].nonzero().flatten().tolist() == list(range(50, 60 if of_key else 51))
+
+
 def test_float32_on_a_cpu_takes_them(monkeypatch):
     called = []
     monkeypatch.setattr(attend_native, "_run", lambda name, *args, **more: called.append(name))
@@ -151,6 +158,16 @@ def test_float32_on_a_cpu_takes_them(monkeypatch):
     attend(q.double(), q.double(), q.double(), window(40, 9))
     attend(q, q, q, window(40, 9), implementation="torch")
     assert called == ["attend_forward"]
+
+
+@pytest.mark.parametrize("long", [40, 41])
+def test_long_segments_go_to_the_fused_kernel(long, monkeypatch):
+    called = []
+    monkeypatch.setattr(attend_native, "LONG", long)
+    monkeypatch.setattr(attend_native, "_run", lambda name, *args, **more: called.append(name))
+    q = torch.randn(1, 1, 40, 16)
+    attend(q, q, q, causal(40))
+    assert called == ([] if long == 40 else ["attend_forward"])
 
 
 def test_other_types_are_told():
