@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attention.ops import codes_native
+
 AT_ONCE = 256  # tokens summed in one product: their table of S codes each stays small
 DISTANCES = 2**17  # held at a time: 512 KiB of float32
 
@@ -143,27 +145,18 @@ class _CodePrefix(torch.autograd.Function):
         carried_count: Tensor | None,
         carried_mean: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        number, wide = code.shape[2], _wide(v.dtype)
+        wide = _wide(v.dtype)
         count = v.new_zeros(*code.shape[:3], codes, dtype=wide)
         mean = v.new_empty(*count.shape, v.shape[-1], dtype=wide)
-        old, new = torch.zeros_like(count), torch.zeros_like(count)
-        goes_on, whole = (x.to(wide)[:, None, :, None] for x in (~fresh, whole))
-        if number:
+        goes_on, whole = (x.to(wide) for x in (~fresh, whole))
+        if code.shape[2]:
             if carried_count is None or carried_mean is None:
                 mean[:, :, 0] = 0
             else:
-                count[:, :, 0] = carried_count * goes_on[:, :, 0]
-                mean[:, :, 0] = carried_mean * goes_on[:, :, 0, :, None]
-        with torch.autocast(v.device.type, enabled=False):
-            for i in range(number - 1):
-                number_here, sums = code_sums(code[:, :, i], v[:, :, i].to(wide), codes)
-                total = count[:, :, i] + number_here * whole[:, :, i]
-                share = goes_on[:, :, i + 1] / total.clamp(min=1)
-                old[:, :, i], new[:, :, i] = count[:, :, i] * share, whole[:, :, i] * share
-                count[:, :, i + 1] = total * goes_on[:, :, i + 1]
-                following = mean[:, :, i + 1]
-                torch.mul(mean[:, :, i], old[:, :, i, :, None], out=following)
-                following.addcmul_(sums, new[:, :, i, :, None])
+                count[:, :, 0] = carried_count * goes_on[:, None, :1]
+                mean[:, :, 0] = carried_mean * goes_on[:, None, :1, None]
+        fill = codes_native.code_prefix_forward if codes_native.takes(v) else _prefix_forward
+        old, new = fill(code, v, goes_on, whole, count, mean)
         ctx.save_for_backward(code, old, new, goes_on)
         ctx.dtype = v.dtype
         ctx.carried = None if carried_mean is None else (carried_mean.shape, carried_mean.dtype)
@@ -173,21 +166,47 @@ class _CodePrefix(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dcount: Tensor, dmean: Tensor) -> tuple[Tensor | None, ...]:
         code, old, new, goes_on = ctx.saved_tensors
-        number, width = code.shape[2], dmean.shape[-1]
-        dv = dmean.new_zeros(*code.shape, width, dtype=ctx.dtype)
-        if number:
-            total = dmean[:, :, -1]  # the gradient of mean_(i+1), also through all that follow
-        for i in reversed(range(number - 1)):
-            of_code = new[:, :, i, :, None] * total
-            dv[:, :, i] = of_code.gather(2, code[:, :, i, :, None].long().expand(*code.shape[:2], -1, width))
-            total = torch.addcmul(dmean[:, :, i], old[:, :, i, :, None], total)
+        back = codes_native.code_prefix_backward if codes_native.takes(dmean) else _prefix_backward
+        dv, first = back(code, old, new, dmean)
         dcarry = None
         if ctx.carried is not None:
             shape, dtype = ctx.carried
             dcarry = dmean.new_zeros(shape, dtype=dtype)
-            if number:
-                dcarry += total * goes_on[:, :, 0, :, None]
-        return None, dv, None, None, None, None, dcarry
+            if code.shape[2]:
+                dcarry += first * goes_on[:, None, :1, None]
+        return None, dv.to(ctx.dtype), None, None, None, None, dcarry
+
+
+def _prefix_forward(
+    code: Tensor, v: Tensor, goes_on: Tensor, whole: Tensor, count: Tensor, mean: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Fills count [B, G, N, S] and mean [B, G, N, S, Dv] behind the first block; returns the shares of old and new."""
+    codes, wide = count.shape[-1], count.dtype
+    old, new = torch.zeros_like(count), torch.zeros_like(count)
+    goes_on, whole = (x[:, None, :, None] for x in (goes_on, whole))
+    with torch.autocast(v.device.type, enabled=False):
+        for i in range(code.shape[2] - 1):
+            number_here, sums = code_sums(code[:, :, i], v[:, :, i].to(wide), codes)
+            total = count[:, :, i] + number_here * whole[:, :, i]
+            share = goes_on[:, :, i + 1] / total.clamp(min=1)
+            old[:, :, i], new[:, :, i] = count[:, :, i] * share, whole[:, :, i] * share
+            count[:, :, i + 1] = total * goes_on[:, :, i + 1]
+            following = mean[:, :, i + 1]
+            torch.mul(mean[:, :, i], old[:, :, i, :, None], out=following)
+            following.addcmul_(sums, new[:, :, i, :, None])
+    return old, new
+
+
+def _prefix_backward(code: Tensor, old: Tensor, new: Tensor, dmean: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of v and of the first block's mean, from that of mean."""
+    number, width = code.shape[2], dmean.shape[-1]
+    dv = dmean.new_zeros(*code.shape, width)
+    total = dmean[:, :, -1] if number else dmean.new_zeros(*dmean.shape[:2], *dmean.shape[3:])
+    for i in reversed(range(number - 1)):  # the gradient of mean_(i+1), also through all that follow
+        of_code = new[:, :, i, :, None] * total
+        dv[:, :, i] = of_code.gather(2, code[:, :, i, :, None].long().expand(*code.shape[:2], -1, width))
+        total = torch.addcmul(dmean[:, :, i], old[:, :, i, :, None], total)
+    return dv, total
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from attention import native
 from attention.ops.codes import code_prefix, code_sums, code_totals, look_up, straight_through, vq_assign
 
 CODES, LENGTH = 4, 3
@@ -139,6 +140,35 @@ def test_prefix_is_its_definition(fresh: list, whole: list, carried: bool) -> No
     ours, theirs = (torch.autograd.grad((m * weights).sum(), v)[0] for m in (mean, expected[1]))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-13)
     assert not count[..., -1].any() or carried  # nobody has the last code
+
+
+@pytest.mark.skipif(native.why_not("codes") is not None, reason=str(native.why_not("codes")))
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("carried", [False, True], ids=["from the start", "carried"])
+@pytest.mark.parametrize(("fresh", "whole"), FLAGS.values(), ids=FLAGS.keys())
+def test_kernels_in_float32(fresh: list, whole: list, carried: bool, threads: int) -> None:
+    """Values, and all gradients, as the torch path has them in float64; columns beyond one stretch."""
+    flags = {name: torch.tensor(of, dtype=torch.bool) for name, of in (("fresh", fresh), ("whole", whole))}
+    code, _ = example(6)
+    v = drawn(2, 2, 6, LENGTH, 37, seed=4).requires_grad_()
+    count = some_carry()[0]
+    mean = drawn(2, 2, CODES, 37, seed=6).requires_grad_()
+
+    def run(dtype: torch.dtype) -> list[Tensor]:
+        carry = (count.to(dtype), mean.to(dtype)) if carried else None
+        counts, means = code_prefix(code, v.to(dtype), CODES, carry=carry, **flags)
+        assert means.dtype == dtype
+        score = (means * drawn(*means.shape, seed=7)).sum()
+        return [counts, means, *torch.autograd.grad(score, [v, mean], materialize_grads=True, allow_unused=True)]
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        ours = run(torch.float32)
+    finally:
+        torch.set_num_threads(before)
+    for mine, exact in zip(ours, run(torch.float64), strict=True):
+        torch.testing.assert_close(mine.double(), exact.double(), rtol=0, atol=1e-5)
 
 
 def test_two_calls_are_one() -> None:
