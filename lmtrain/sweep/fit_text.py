@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lmtrain.scaling import LEVEL, Fitted, distinct
 from lmtrain.scaling.search import LEAST, MOST
-from lmtrain.sweep.seeds import Difference
+from lmtrain.sweep.seeds import Difference, telling
 from lmtrain.table import table
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def format_fits(fits: SweepFit) -> str:
         blocks.append(f"left out, since one pass of a model that sees ahead is no code length: {names}")
     blocks += [f"{_names(same)}\n{_indented(fit_lines(same[0]))}" for same in _alike(fits.fits)]
     if fits.differences:
-        blocks.append(differences_table(list(fits.differences), c.unit.name))
+        blocks.append(differences_table(fits.differences, c.unit.name))
     return "\n\n".join(blocks)
 
 
@@ -94,7 +94,8 @@ def doubts(fit: MixerFit, law: Fitted) -> list[str]:
     return found
 
 
-def differences_table(differences: list[Difference], unit: str) -> str:
+def differences_table(differences: Sequence[Difference], unit: str) -> str:
     """Paired differences with their intervals."""
-    told = table(Difference.head(unit), [difference.cells() for difference in differences])
-    return f"Each variant minus {differences[0].other}:\n{told}"
+    shown, left_out = telling(differences)
+    told = table(Difference.head(unit), [difference.cells() for difference in shown])
+    return "\n".join(filter(None, [f"Each variant minus {differences[0].other}:", told, left_out]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -63,6 +63,15 @@ class Difference:
         if self.p is None:
             return "one pair tells nothing about chance"
         return "" if self.beyond_chance else "may be chance"
+
+
+def telling(differences: Sequence[Difference]) -> tuple[list[Difference], str]:
+    """Those to show: without single pairs, unless there is nothing else; and a sentence that says so, else ""."""
+    several = [difference for difference in differences if difference.mean.count > 1]
+    alone = len(differences) - len(several)
+    if not several or not alone:
+        return list(differences), ""
+    return several, f"Left out: {alone} of a single pair, which tells nothing about chance; fit.json has them."
 
 
 class Variants:

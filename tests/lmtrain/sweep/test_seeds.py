@@ -6,7 +6,7 @@ import pytest
 from scipy import stats
 
 from lmtrain.sweep.comparison import collect
-from lmtrain.sweep.seeds import Variants
+from lmtrain.sweep.seeds import Variants, telling
 from tests.lmtrain.sweep.made import a_grid, hoffmann
 
 LUCK = {1: 0.3, 2: -0.2, 3: 0.05}
@@ -53,6 +53,21 @@ def test_one_pair_has_no_verdict() -> None:
     assert difference.p is None
     assert not difference.beyond_chance
     assert "tells nothing" in difference.cells()[-1]
+
+
+def test_single_pairs_are_shown_only_where_there_is_nothing_else() -> None:
+    """Place by place: two seeds here, one there; and one place with one seed."""
+    here = a_grid(mixers=("dense", "local"), sizes=(10**6,), tokens=(10**8,), seeds=(1, 2))
+    there = a_grid(mixers=("dense", "local"), sizes=(10**6,), tokens=(10**9,), seeds=(1,))
+    both = Variants(collect("x", [*here, *there])).differences()
+    shown, left_out = telling(both)
+    assert [(d.place.partition(" tokens")[0], d.mean.count) for d in shown] == [
+        ("size s0, 100,000,000", 2),
+        ("all places", 3),
+    ]
+    assert left_out.startswith("Left out: 1 of a single pair")
+    one = Variants(collect("x", there)).differences()
+    assert telling(one) == (one, "")
 
 
 def test_places_are_sizes_and_token_counts_each_with_its_seeds() -> None:
