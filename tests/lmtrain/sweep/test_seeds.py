@@ -1,6 +1,7 @@
 """Seeds come together, and only runs that differ in nothing but the mixer are subtracted."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from scipy import stats
@@ -76,6 +77,27 @@ def test_places_are_sizes_and_token_counts_each_with_its_seeds() -> None:
     assert all(len(cell.runs) == 3 for cell in variants.cells)
     assert [d.place for d in variants.differences()][-1] == "all places"
     assert variants.differences()[-1].mean.count == 12
+
+
+def test_forks_of_one_trunk_are_one_pair_of_all_places() -> None:
+    """Two sizes, each with a trunk of three budgets: two values, the means of three, and no more."""
+    worse = {10**8: 0.1, 10**9: 0.2, 10**10: 0.6}
+    runs = []
+    for mixer, factor in {"dense": 0.0, "local": 1.0}.items():
+        grid = a_grid(
+            mixers=(mixer,),
+            sizes=(10**6, 10**7),
+            tokens=tuple(worse),
+            loss=lambda N, D, rho, seed, factor=factor: 3 + factor * worse[D] * (1 if N == 10**6 else 2),
+        )
+        runs += [replace(run, group=f"{mixer} {run.axes['size']}") for run in grid]
+    *places, everywhere = Variants(collect("x", runs)).differences()
+    assert [d.mean.count for d in places] == [1] * 6
+    trunks = [0.3 / math.log(2), 0.6 / math.log(2)]
+    low, high = stats.t.interval(0.95, 1, sum(trunks) / 2, stats.sem(trunks))
+    assert (everywhere.place, everywhere.mean.count) == ("all places", 2)
+    assert everywhere.mean.value == pytest.approx(sum(trunks) / 2)
+    assert everywhere.mean.half == pytest.approx((high - low) / 2)
 
 
 def test_sparsities_are_variants_beside_a_mixer_without_them() -> None:
