@@ -79,10 +79,12 @@ def _law_lines(fit: MixerFit, law: Fitted, better: bool) -> list[str]:
 def doubts(fit: MixerFit, law: Fitted) -> list[str]:
     """Why the law may say less than it seems."""
     found = [
-        f"{name} is at the edge of what is searched: these runs do not determine it"
+        f"{name}, or an end of its interval, is at the edge of what is searched: these runs do not determine it"
         for name in ("a", "b")
-        if not 1.01 * LEAST < law.interval(name).value < 0.99 * MOST
+        if not all(1.01 * LEAST < number < 0.99 * MOST for number in law.interval(name))
     ]
+    if law.interval("E").value == 0:
+        found.append("E is 0: these runs do not tell the loss that no size and no tokens would lower")
     found += [
         f"the loss does not fall with {what} in these runs"
         for name, what in (("A", "N"), ("B", "D"))
