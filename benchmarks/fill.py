@@ -3,7 +3,8 @@
     python benchmarks/fill.py
 
 A table stands between the lines `<!-- rows of benchmarks/results/NAME.json -->` and `<!-- end of rows -->`; the file
-has its rows under `rows`. tests/test_tables.py holds every page to what this would write.
+has its rows under `rows`, and those of another table under the word that stands in its lines instead.
+tests/test_tables.py holds every page to what this would write.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from report import table
 
 ROOT = Path(__file__).parent.parent
-MARKED = re.compile(r"(<!-- rows of (benchmarks/results/[\w.-]+\.json) -->\n).*?(<!-- end of rows -->)", re.S)
+MARKED = re.compile(r"(<!-- (\w+) of (benchmarks/results/[\w.-]+\.json) -->\n).*?(<!-- end of \2 -->)", re.S)
 
 
 def pages() -> list[Path]:
@@ -27,8 +28,8 @@ def filled(page: str) -> str:
     """The page with its marked tables as the results say them."""
 
     def rows(found: re.Match[str]) -> str:
-        kept = json.loads((ROOT / found[2]).read_text())
-        return f"{found[1]}{table(kept['rows'])}\n{found[3]}"
+        kept = json.loads((ROOT / found[3]).read_text())
+        return f"{found[1]}{table(kept[found[2]])}\n{found[4]}"
 
     return MARKED.sub(rows, page)
 

@@ -12,8 +12,6 @@ each mixer trains a few steps again, alone, one mixer after the other, in severa
 
 from __future__ import annotations
 
-import argparse
-import json
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,15 +19,14 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from report import lmtrain, publish_all
+from report import lmtrain
+from sweep_results import command_line, keep
 
 from lmtrain.report.figures import STATE_LENGTH, state_bytes, variants_chart
-from lmtrain.report.svg import draw
 from lmtrain.run import read_metrics
 from lmtrain.sweep.comparison import Collected, read_sweep
 from lmtrain.sweep.seeds import Cell, Variants
 
-ROOT = Path(__file__).parent.parent
 STEPS, WARM_UP = 12, 4
 
 
@@ -76,25 +73,13 @@ def _row(collected: Collected, cell: Cell, pace: float) -> dict[str, Any]:
 
 def main() -> None:
     """Write JSON and SVG, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sweep", type=Path, help="the folder of a sweep with its results")
-    parser.add_argument("--name", default="mixers", help="of both files (mixers)")
+    parser = command_line(__doc__, "mixers")
     parser.add_argument("--rounds", type=int, default=3, help="of training steps for the column of speeds (3)")
     arguments = parser.parse_args()
     collected = read_sweep(arguments.sweep)
     variants = Variants(collected)
     paces = speeds(arguments.sweep, variants, arguments.rounds)
-    results = ROOT / "benchmarks/results" / f"{arguments.name}.json"
-    publish_all({"rows": rows_of(collected, variants, paces)}, str(results))
-    kept = json.loads(results.read_text())
-    kept["sweep"] = {
-        "name": collected.name,
-        "at": variants.places,
-        "failed": [failure.name for failure in collected.failures],
-        "runs": [{"name": r.name, "seed": r.seed, collected.unit.name: collected.loss(r)} for r in collected.runs],
-    }
-    results.write_text(json.dumps(kept, indent=1) + "\n")
-    (ROOT / "docs" / f"{arguments.name}.svg").write_text(draw(variants_chart(collected, variants), alone=True) + "\n")
+    keep(arguments.name, collected, {"rows": rows_of(collected, variants, paces)}, variants_chart(collected, variants))
 
 
 if __name__ == "__main__":

@@ -27,8 +27,14 @@ def test_a_marked_table_is_replaced_and_nothing_else(
 ) -> None:
     monkeypatch.setattr(fill, "ROOT", tmp_path)
     (tmp_path / "benchmarks/results").mkdir(parents=True)
-    (tmp_path / "benchmarks/results/x.json").write_text('{"rows": [{"a": 1, "b": "c"}, {"a": 2, "b": "d"}]}')
+    (tmp_path / "benchmarks/results/x.json").write_text(
+        '{"rows": [{"a": 1, "b": "c"}, {"a": 2, "b": "d"}], "laws": [{"E": 0}]}'
+    )
     begin, end = "<!-- rows of benchmarks/results/x.json -->\n", "<!-- end of rows -->"
-    page = fill.filled(f"before\n{begin}old\n{end}\nafter\n{begin}{end}")
+    laws = begin.replace("rows", "laws")
+    page = fill.filled(f"before\n{begin}old\n{end}\nafter\n{begin}{end}\n{laws}<!-- end of laws -->")
     table = "| a | b |\n| --- | --- |\n| 1 | c |\n| 2 | d |\n"
-    assert page == f"before\n{begin}{table}{end}\nafter\n{begin}{table}{end}"
+    assert (
+        page
+        == f"before\n{begin}{table}{end}\nafter\n{begin}{table}{end}\n{laws}| E |\n| --- |\n| 0 |\n<!-- end of laws -->"
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -41,7 +41,10 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """A figure. name: of its file; rows: names of y = 0, 1, ..., from the top down, instead of a scale."""
+    """A figure. name: of its file; rows: names of y = 0, 1, ..., from the top down, instead of a scale.
+
+    x_ticks: the values of x that were tried, rising, where those are better marked than round numbers.
+    """
 
     name: str
     title: str
@@ -51,6 +54,7 @@ class Chart:
     log_x: bool = False
     log_y: bool = False
     rows: Sequence[str] = ()
+    x_ticks: Sequence[float] = ()
 
     def range(self, axis: int) -> tuple[float, float]:
         """Least and most of what is drawn along x (0) or y (1), a little widened."""
@@ -60,6 +64,15 @@ class Chart:
         values += [end for s in self.series for w in s.whiskers for end in (w[axis], w[axis + 2])]
         values += [bound for s in self.series for b in s.band for bound in ((b[0],), b[1:])[axis]]
         return widened(min(values), max(values), (self.log_x, self.log_y)[axis])
+
+    def ticks(self, axis: int) -> list[tuple[float, str]]:
+        """Where x (0) or y (1) is marked, and as what."""
+        if axis == 1 and self.rows:
+            return [*enumerate(self.rows)]
+        low, high = self.range(axis)
+        log = (self.log_x, self.log_y)[axis]
+        chosen = apart(self.x_ticks, low, high, log) if axis == 0 and self.x_ticks else ticks(low, high, log)
+        return [(value, short(value)) for value in chosen]
 
 
 def widened(low: float, high: float, log: bool) -> tuple[float, float]:
@@ -88,6 +101,17 @@ def ticks(low: float, high: float, log: bool) -> list[float]:
     unit = 10.0 ** math.floor(math.log10(rough))
     step = next(unit * s for s in (1, 2, 5, 10) if unit * s >= rough * 0.999)
     return [round(n * step, 12) for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def apart(values: Sequence[float], low: float, high: float, log: bool) -> list[float]:
+    """The rising values but those whose text would meet that of the one before, on an axis from low to high."""
+    along: Callable[[float], float] = math.log if log else float
+    room = (along(high) - along(low)) / 12
+    found: list[float] = []
+    for value in values:
+        if not found or along(value) - along(found[-1]) >= room:
+            found.append(value)
+    return found
 
 
 def short(value: float) -> str:

@@ -144,20 +144,20 @@ def _best_size(collected: Collected, fit: MixerFit, law: Fitted) -> Series:
 
 
 def _sparsity(collected: Collected) -> Iterator[Chart]:
-    """Loss against rho at equal FLOPs: a line for each mixer and budget with two sparsities."""
-    series: list[Series] = []
-    for mixer in collected.mixers:
+    """Loss against rho at equal FLOPs, by itself for each mixer: a line for each budget with two sparsities."""
+    for number, mixer in enumerate(collected.mixers):
         runs = [run for run in collected.of(mixer) if run.sparsity is not None]
+        series: list[Series] = []
         for some in budgets(np.array([run.flops for run in runs])):
             equal = [runs[index] for index in some]
             by_rho = {rho: [collected.loss(r) for r in equal if r.sparsity == rho] for rho in _sparsities(equal)}
             if len(by_rho) > 1:
                 points = [Point(rho, float(np.mean(losses))) for rho, losses in by_rho.items()]
-                label = f"{equal[0].flops:.2g} FLOPs, {mixer}"
-                series.append(Series(label, len(series), points, line=True))
-    if series:
-        title = "Loss against sparsity at equal FLOPs (means over seeds)"
-        yield Chart("sparsity", title, "sparsity rho = sequence / kept", collected.unit.name, series, log_x=True)
+                series.append(Series(f"{equal[0].flops:.2g} FLOPs", len(series), points, line=True))
+        if series:
+            title = f"{mixer or collected.name}: loss against sparsity at equal FLOPs (means over seeds and sizes)"
+            what, unit, rhos = "sparsity rho = sequence / kept", collected.unit.name, _sparsities(runs)
+            yield Chart(f"sparsity-{number}", title, what, unit, series, log_x=True, x_ticks=rhos)
 
 
 def _sparsities(runs: Sequence[RunResult]) -> list[float]:

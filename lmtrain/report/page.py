@@ -13,7 +13,7 @@ from lmtrain.scaling import LEVEL
 from lmtrain.sweep.comparison import Collected
 from lmtrain.sweep.fit import SweepFit
 from lmtrain.sweep.fit_text import fit_lines
-from lmtrain.sweep.seeds import Cell, Difference, Variants
+from lmtrain.sweep.seeds import Cell, Difference, Variants, telling
 
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -113,11 +113,13 @@ def _differences(fits: SweepFit) -> list[str]:
     if not fits.differences:
         return []
     other = fits.differences[0].other
+    shown, left_out = telling(fits.differences)
     return [
         f"<h2>In pairs with {safe(other)}</h2>",
         f"<p>Loss minus that of {safe(other)} with the same seed, and the half width of its 95 % interval. "
         "p of all: how often chance alone makes one of the differences at this place look so sure.</p>",
-        table(Difference.head(fits.collected.unit.name), [d.cells() for d in fits.differences]),
+        *([f'<p class="note">{left_out}</p>'] if left_out else []),
+        table(Difference.head(fits.collected.unit.name), [d.cells() for d in shown]),
     ]
 
 

@@ -29,10 +29,12 @@ def draw(chart: Chart) -> bytes | None:
         if series.band:
             x_band, low, high = zip(*series.band, strict=True)
             axes.fill_between(x_band, low, high, color=colour, alpha=0.16, linewidth=0)
-    if chart.rows:
-        axes.set_yticks(range(len(chart.rows)), [_plain(name) for name in chart.rows])
     axes.set_xscale("log" if chart.log_x else "linear")
     axes.set_yscale("log" if chart.log_y else "linear")
+    for number, axis in enumerate((axes.xaxis, axes.yaxis)):
+        values, names = zip(*chart.ticks(number), strict=True)
+        axis.set_ticks(values, [_plain(name) for name in names])
+    axes.minorticks_off()
     axes.set(xlabel=_plain(chart.x_label), ylabel=_plain(chart.y_label), xlim=chart.range(0))
     axes.set_ylim(*(reversed(chart.range(1)) if chart.rows else chart.range(1)))
     axes.set_title(_plain(chart.title), fontsize="medium")

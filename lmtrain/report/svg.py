@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from math import log
 
-from lmtrain.report.chart import COLOURS, Chart, Series, safe, short, ticks
+from lmtrain.report.chart import COLOURS, Chart, Series, safe
 
 WIDTH, HEIGHT = 620, 340
 TOP, RIGHT, BOTTOM, LEFT = 34, 170, 46, 62
@@ -71,21 +71,19 @@ class _Plot:
         self.left = LEFT if not chart.rows else min(240, 16 + LETTER * max(map(len, chart.rows)))
         self.right = WIDTH - (RIGHT if any(series.label for series in chart.series) else 20)
         self.bottom = self.height - BOTTOM
-        self.x_range, self.y_range = chart.range(0), chart.range(1)
-        self.x = _scale(self.x_range, (self.left, self.right), chart.log_x)
+        self.x = _scale(chart.range(0), (self.left, self.right), chart.log_x)
         ends = (TOP, self.bottom) if chart.rows else (self.bottom, TOP)
-        self.y = _scale(self.y_range, ends, chart.log_y)
+        self.y = _scale(chart.range(1), ends, chart.log_y)
 
     def axes(self) -> Iterator[str]:
         chart = self.chart
         width, height = self.right - self.left, self.bottom - TOP
         yield f'<rect class="grid" x="{self.left:.1f}" y="{TOP}" width="{width:.1f}" height="{height:.1f}"/>'
-        for value in ticks(*self.x_range, chart.log_x):
+        for value, name in chart.ticks(0):
             x = self.x(value)
             yield f'<path class="grid" d="M{x:.1f} {TOP}V{self.bottom}"/>'
-            yield f'<text x="{x:.1f}" y="{self.bottom + 16}" text-anchor="middle">{short(value)}</text>'
-        names: list[tuple[float, str]] = [*enumerate(chart.rows)]
-        for value, name in names or [(tick, short(tick)) for tick in ticks(*self.y_range, chart.log_y)]:
+            yield f'<text x="{x:.1f}" y="{self.bottom + 16}" text-anchor="middle">{name}</text>'
+        for value, name in chart.ticks(1):
             y = self.y(value)
             yield f'<path class="grid" d="M{self.left:.1f} {y:.1f}H{self.right}"/>'
             yield f'<text x="{self.left - 6:.1f}" y="{y + 4:.1f}" text-anchor="end">{safe(_cut(name, 34))}</text>'

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lmtrain.scaling import LEVEL, Fitted, distinct
 from lmtrain.scaling.search import LEAST, MOST
-from lmtrain.sweep.seeds import Difference
+from lmtrain.sweep.seeds import Difference, telling
 from lmtrain.table import table
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def format_fits(fits: SweepFit) -> str:
         blocks.append(f"left out, since one pass of a model that sees ahead is no code length: {names}")
     blocks += [f"{_names(same)}\n{_indented(fit_lines(same[0]))}" for same in _alike(fits.fits)]
     if fits.differences:
-        blocks.append(differences_table(list(fits.differences), c.unit.name))
+        blocks.append(differences_table(fits.differences, c.unit.name))
     return "\n\n".join(blocks)
 
 
@@ -79,10 +79,12 @@ def _law_lines(fit: MixerFit, law: Fitted, better: bool) -> list[str]:
 def doubts(fit: MixerFit, law: Fitted) -> list[str]:
     """Why the law may say less than it seems."""
     found = [
-        f"{name} is at the edge of what is searched: these runs do not determine it"
+        f"{name}, or an end of its interval, is at the edge of what is searched: these runs do not determine it"
         for name in ("a", "b")
-        if not 1.01 * LEAST < law.interval(name).value < 0.99 * MOST
+        if not all(1.01 * LEAST < number < 0.99 * MOST for number in law.interval(name))
     ]
+    if law.interval("E").value == 0:
+        found.append("E is 0: these runs do not tell the loss that no size and no tokens would lower")
     found += [
         f"the loss does not fall with {what} in these runs"
         for name, what in (("A", "N"), ("B", "D"))
@@ -94,7 +96,8 @@ def doubts(fit: MixerFit, law: Fitted) -> list[str]:
     return found
 
 
-def differences_table(differences: list[Difference], unit: str) -> str:
+def differences_table(differences: Sequence[Difference], unit: str) -> str:
     """Paired differences with their intervals."""
-    told = table(Difference.head(unit), [difference.cells() for difference in differences])
-    return f"Each variant minus {differences[0].other}:\n{told}"
+    shown, left_out = telling(differences)
+    told = table(Difference.head(unit), [difference.cells() for difference in shown])
+    return "\n".join(filter(None, [f"Each variant minus {differences[0].other}:", told, left_out]))

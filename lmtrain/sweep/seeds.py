@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any
 
 from lmtrain.scaling import CONFIDENCE, Mean, holm, mean_of
 from lmtrain.sweep.comparison import Collected, axes_that_change, mixer_axes, place
 from lmtrain.sweep.result import RunResult
+
+EVERYWHERE = "all places"
+"""The place of a difference over all of them."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,15 @@ class Difference:
         return "" if self.beyond_chance else "may be chance"
 
 
+def telling(differences: Sequence[Difference]) -> tuple[list[Difference], str]:
+    """Those to show: without single pairs, unless there is nothing else; and a sentence that says so, else ""."""
+    several = [difference for difference in differences if difference.mean.count > 1]
+    alone = len(differences) - len(several)
+    if not several or not alone:
+        return list(differences), ""
+    return several, f"Left out: {alone} of a single pair, which tells nothing about chance; fit.json has them."
+
+
 class Variants:
     """Mixers, and where sparsity varies within one, each of its values, side by side."""
 
@@ -102,21 +115,22 @@ class Variants:
         return self._labels[run.name]
 
     def differences(self) -> list[Difference]:
-        """Of each variant from the baseline, place by place, then over all places where both were run."""
+        """Of each variant from the baseline, place by place, then over all places where both were run: there forks of
+        one trunk, whose luck is one, count once, by their mean."""
         cells = {(cell.variant, cell.place): cell for cell in self.cells}
         pairs_at: dict[str, dict[str, list[float]]] = {place: {} for place in self.places}
-        pooled: dict[str, list[float]] = {}
+        pooled: dict[str, dict[str, list[float]]] = {}
         for cell in self.cells:
             base = cells.get((self.baseline, cell.place))
             if base is None or cell.variant == self.baseline:
                 continue
             theirs = {run.seed: self._collected.loss(run) for run in base.runs}
-            pairs = [self._collected.loss(run) - theirs[run.seed] for run in cell.runs if run.seed in theirs]
-            if pairs:
-                pairs_at[cell.place][cell.variant] = pairs
-                pooled.setdefault(cell.variant, []).extend(pairs)
+            for run in (run for run in cell.runs if run.seed in theirs):
+                pair = self._collected.loss(run) - theirs[run.seed]
+                pairs_at[cell.place].setdefault(cell.variant, []).append(pair)
+                pooled.setdefault(cell.variant, {}).setdefault(run.group, []).append(pair)
         if len(self.places) > 1:
-            pairs_at["all places"] = pooled
+            pairs_at[EVERYWHERE] = {name: [*map(fmean, trunks.values())] for name, trunks in pooled.items()}
         return [found for place, pairs in pairs_at.items() for found in self._family(place, pairs)]
 
     def _family(self, place: str, pairs: dict[str, list[float]]) -> list[Difference]:

@@ -2,11 +2,12 @@
 
 import re
 import xml.etree.ElementTree as ElementTree
+from typing import Any
 
 import pytest
 
 from lmtrain.report import png
-from lmtrain.report.chart import Chart, Point, Series, short, ticks
+from lmtrain.report.chart import Chart, Point, Series, apart, short, ticks
 from lmtrain.report.svg import draw
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -26,6 +27,29 @@ def test_ticks_are_few_round_and_inside(low: float, high: float, log: bool) -> N
     assert found == sorted(found)
     assert all(low <= tick <= high for tick in found)
     assert all(len(f"{tick:.9e}".partition("e")[0].replace(".", "").strip("0-")) <= 3 for tick in found)
+
+
+def test_ticks_of_values_that_were_tried_are_those_and_the_same_in_svg_and_png(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = [2.0, 8.0, 32.0, 64.0]
+    drawing = chart(Series("a", 0, [Point(rho, 100 * rho) for rho in tried]), log_x=True, log_y=True, x_ticks=tried)
+    assert drawing.ticks(0) == [(2, "2"), (8, "8"), (32, "32"), (64, "64")]
+    drawn = ElementTree.fromstring(draw(drawing, alone=True))
+    texts = [node.text for node in drawn.iter(f"{SVG}text")]
+    names = [name for axis in (0, 1) for _, name in drawing.ticks(axis)]
+    assert [text for text in texts if text in names] == names
+    figures = pytest.importorskip("matplotlib.figure", reason="PNG needs matplotlib, which is not installed")
+    made: list[Any] = []
+    monkeypatch.setattr(figures.Figure, "savefig", lambda self, *_, **__: made.append(self))
+    png.draw(drawing)
+    (axes,) = made[0].axes
+    for axis, number in ((axes.xaxis, 0), (axes.yaxis, 1)):
+        assert [text.get_text() for text in axis.get_ticklabels()] == [name for _, name in drawing.ticks(number)]
+        assert list(axis.get_minorticklocs()) == []
+
+
+def test_values_too_near_for_their_texts_are_left_out() -> None:
+    assert apart([1, 2, 3, 100], 0, 100, log=False) == [1, 100]
+    assert apart([1, 2, 3, 100], 1, 100, log=True) == [1, 2, 3, 100]  # a twelfth of ln 100 is 0.38, ln 3/2 is 0.41
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,12 @@ import pytest
 
 from launch.cli import main
 from lmtrain.report.chart import Point
-from lmtrain.report.figures import front
+from lmtrain.report.figures import figures, front
 from lmtrain.report.write import to_csv
 from lmtrain.sweep.comparison import collect
+from lmtrain.sweep.fit import fit_sweep
 from tests.lmtrain.report.conftest import EVIL
-from tests.lmtrain.sweep.made import a_run, written
+from tests.lmtrain.sweep.made import a_grid, a_run, written
 
 
 class Page(HTMLParser):
@@ -43,7 +44,7 @@ def test_the_page_needs_nothing_else(folder: Path) -> None:
 
 def test_the_page_says_all_that_it_must(folder: Path) -> None:
     page = Page((folder / "report.html").read_text())
-    words = ["IsoFLOP", "L = E + A N^-a + B D^-b", "N*(C) grows as", "Loss against sparsity", "decode state at 65,536"]
+    words = ["IsoFLOP", "L = E + A N^-a + B D^-b", "N*(C) grows as", "loss against sparsity", "decode state at 65,536"]
     words += [
         "peak memory of training",
         "training time (seconds)",
@@ -59,7 +60,7 @@ def test_the_page_says_all_that_it_must(folder: Path) -> None:
 
 def test_figures_and_tables_lie_beside_it(folder: Path) -> None:
     drawn = {path.stem for path in folder.glob("*.svg")}
-    assert {"variants", "flops", "isoflop-1", "law-1", "best-size", "sparsity", "pareto-time"} <= drawn
+    assert {"variants", "flops", "isoflop-1", "law-1", "best-size", "sparsity-0", "pareto-time"} <= drawn
     with open(folder / "runs.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 16 + 6
@@ -76,6 +77,28 @@ def test_a_report_is_replaced_and_nothing_else(tmp_path: Path, capsys: pytest.Ca
     assert main(["sweep", "report", sweep, "--out", str(tmp_path / "mine")]) == 2
     assert "holds no report of ours" in capsys.readouterr().err
     assert (tmp_path / "mine/runs.csv").read_text() == "mine"
+
+
+def test_each_mixer_has_a_figure_of_its_sparsities_with_ticks_where_it_was_run() -> None:
+    runs = a_grid(mixers=("far",), sparsities=(2.0, 64.0)) + a_grid(mixers=("near",), sparsities=(2.0, 8.0, 32.0))
+    drawn = {c.name: c for c in figures(fit_sweep(collect("x", runs))) if c.name.startswith("sparsity")}
+    assert [chart.title.partition(":")[0] for chart in drawn.values()] == ["far", "near"]
+    for name, rhos in {"sparsity-0": [2, 64], "sparsity-1": [2, 8, 32]}.items():
+        assert [value for value, _ in drawn[name].ticks(0)] == rhos
+        assert {tuple(p.x for p in series.points) for series in drawn[name].series} == {tuple(rhos)}
+        colours = [series.colour for series in drawn[name].series]
+        assert len(set(colours)) == len(colours)
+
+
+def test_single_pairs_stay_in_the_json_alone(tmp_path: Path) -> None:
+    """One seed, two sizes: only the two places together tell something."""
+    runs = a_grid(mixers=("dense", "local"), sizes=(10**6, 10**7), tokens=(10**8,))
+    assert main(["sweep", "report", str(written(tmp_path / "sweep", runs))]) == 0
+    page = Page((tmp_path / "sweep/report/report.html").read_text())
+    differences = json.loads((tmp_path / "sweep/report/fit.json").read_text())["differences"]
+    assert [d["count"] for d in differences] == [1, 1, 2]
+    assert "Left out: 2 of a single pair" in page.text
+    assert page.text.count("tells nothing about chance") == 1  # in that sentence
 
 
 def test_a_front_is_what_nobody_beats_in_both() -> None:

@@ -65,6 +65,19 @@ def test_losses_that_do_not_depend_on_size_are_said_to(folder: Path) -> None:
     assert "the loss does not fall with N in these runs" in text
 
 
+def test_a_loss_that_would_fall_below_nothing_leaves_the_irreducible_one_open() -> None:
+    """Losses below those of the law by more than its E: the least E that is allowed, 0, is no finding."""
+    text = fit_sweep(collect("x", a_grid(loss=lambda N, D, rho, seed: hoffmann(N, D) - 1.8))).format()
+    assert "E is 0: these runs do not tell the loss that no size and no tokens would lower" in text
+    assert "E is 0" not in fit_sweep(collect("x", a_grid())).format()
+
+
+def test_an_exponent_whose_interval_is_all_that_was_searched_is_said_to_be_open() -> None:
+    random = np.random.default_rng(0)
+    runs = a_grid(loss=lambda N, D, rho, seed: hoffmann(1e30, D) + 0.003 * random.normal())
+    assert "a, or an end of its interval, is at the edge" in fit_sweep(collect("x", runs)).format()
+
+
 def test_a_folder_without_results_is_the_users_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for action in ("fit", "report"):
         assert main(["sweep", action, str(tmp_path)]) == 2
