@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from attention import native
 from data.loader import Batch, Batches
 from data.shards import TokenDataset
 from data.tasks import TaskDataset
@@ -123,6 +124,9 @@ class Training:
         self.at = at
         self.progress = Progress(None if world.is_first else Nowhere(), keep=run.log)
         self.device = pick_device()
+        missing = native.why_not("attend") if self.device.type == "cpu" else None
+        if missing:
+            self._complain(f"{missing}; attention takes up to three times as long without")
         self.data: Data = first_before_others(world, lambda: build_data(config))
         self.config = config = with_vocabulary(config, self.data.tokenizer)
         self.model = build_model(config, self.device)

@@ -24,15 +24,15 @@ FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 SWITCH = "LMTRAIN_NATIVE"  # 0: do without
 
 
-class Unavailable(Exception):
+class UnavailableError(Exception):
     """Why there are no kernels: one sentence for the user."""
 
 
 @cache
 def library(name: str) -> ctypes.CDLL:
-    """The kernels of `name`.cpp beside this file. Unavailable if this machine cannot compile them, or shall not."""
+    """The kernels of `name`.cpp beside this file. UnavailableError if this machine cannot, or shall not."""
     if os.environ.get(SWITCH) == "0":
-        raise Unavailable(f"the C++ kernels are switched off by {SWITCH}=0")
+        raise UnavailableError(f"the C++ kernels are switched off by {SWITCH}=0")
     compiler = _compiler()
     source = HERE / f"{name}.cpp"
     target = folder() / f"{name}-{_fingerprint(source, compiler)}.so"
@@ -46,7 +46,7 @@ def why_not(name: str) -> str | None:
     """What keeps this machine from having the kernels of `name`; None: nothing."""
     try:
         library(name)
-    except Unavailable as error:
+    except UnavailableError as error:
         return str(error)
     return None
 
@@ -73,13 +73,19 @@ def _compiler() -> str:
         found = shutil.which(name)
         if found:
             return found
-    raise Unavailable(f"the C++ kernels need a compiler: {wanted or 'c++, g++ or clang++'} is not on this machine")
+    raise UnavailableError(f"the C++ kernels need a compiler: {wanted or 'c++, g++ or clang++'} is not on this machine")
 
 
 def _fingerprint(source: Path, compiler: str) -> str:
-    """Of all that decides what is compiled. The processor's abilities are among it: a home may be shared by machines."""
+    """Of all that decides what is compiled, the processor's abilities included: a home may be shared by machines."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    parts = [*(path.read_text() for path in sorted(HERE.glob("*.h"))), source.read_text(), version, *FLAGS, _abilities()]
+    parts = [
+        *(path.read_text() for path in sorted(HERE.glob("*.h"))),
+        source.read_text(),
+        version,
+        *FLAGS,
+        _abilities(),
+    ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
@@ -106,7 +112,7 @@ def _compile(source: Path, compiler: str, target: Path) -> None:
                 )
                 if done.returncode:
                     first = next((x for x in done.stderr.splitlines() if "error" in x), done.stderr.strip())
-                    raise Unavailable(f"the C++ kernels cannot be compiled by {compiler}: {first}")
+                    raise UnavailableError(f"the C++ kernels cannot be compiled by {compiler}: {first}")
                 made.replace(target)
     except OSError as error:
-        raise Unavailable(f"the C++ kernels have no place to lie in: {error}") from error
+        raise UnavailableError(f"the C++ kernels have no place to lie in: {error}") from error

@@ -45,7 +45,7 @@ def attend(
     scale      of the logits, default D^-1/2
     implementation   "torch"; "triton" (kernels for CUDA devices); "native" (kernels for CPUs, in C++);
                "reference" (quadratic memory: for tests). Default: the kernels of the device where they can take
-               the operands, on a GPU if there is more than a token or two to decode; else torch
+               the operands and there is more than a token or two to decode, else torch
 
     Returns out [B, H, Nq, Dv] in q's type, and lse [B, H, Nq], natural log, float32 (float64 if q is). A query
     that meets nobody gets out = 0, lse = -inf and zero gradients. Differentiable in q, k, v, key_bias, u and tau,

@@ -24,6 +24,7 @@ TILE = 64  # queries, as in attend.cpp
 TASKS = 64  # over all heads: enough for the threads to share them evenly
 SUMS = 16  # backward: what chunks of queries add to the same key is summed apart
 LONG = 4096  # tokens of a segment
+FEW = 3  # queries, to which most of a tile is idle
 
 
 def why_not(q: Tensor) -> str | None:
@@ -75,7 +76,15 @@ def attend_backward(
 
 
 def _run(
-    name: str, route: Route, x: Operands, chunks: int, wanted: int, q: Tensor, k: Tensor, v: Tensor, *more: Tensor | None
+    name: str,
+    route: Route,
+    x: Operands,
+    chunks: int,
+    wanted: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *more: Tensor | None,
 ) -> None:
     """The kernel of that name on q, k, v and all `more` tensors of `Given` in attend.cpp, widths padded."""
     tensors = (*_intervals(route, x), q, k, v, x.bias, x.u, x.tau, *more)

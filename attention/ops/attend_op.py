@@ -153,10 +153,9 @@ def _module(path: str, q: Tensor, v: Tensor) -> Any:
 
 
 def _fastest(q: Tensor, v: Tensor) -> str:
-    """The kernels of the device, where they can take the operands; on a GPU torch decodes a token or two."""
-    if q.is_cuda:
-        return "triton" if q.shape[2] > FEW_QUERIES and why_not("triton", q, v) is None else "torch"
-    return "native" if why_not("native", q, v) is None else "torch"
+    """The kernels of the device, where they can take the operands; a token or two are decoded by torch."""
+    kernels, few = ("triton", FEW_QUERIES) if q.is_cuda else ("native", attend_native.FEW)
+    return kernels if q.shape[2] > few and why_not(kernels, q, v) is None else "torch"
 
 
 def _no_autocast(q: Tensor) -> AbstractContextManager[Any]:

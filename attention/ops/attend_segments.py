@@ -171,8 +171,8 @@ def segments_backward(
         return [dq[..., :dim], dk[..., :wanted], dv[..., :value_dim]]
 
     if _one_call(segments, q, k):
-        grads = call(q, dout, out, lse, k, v, bias)
-        return Gradients(*(heads_last(t.to(dtype)) for t in grads), None, None, None)
+        dq, dk, dv = (heads_last(t.to(dtype)) for t in call(q, dout, out, lse, k, v, bias))
+        return Gradients(dq, dk, dv, None, None, None)
     dq, dk, dv = (empty_heads_last(x, width, dtype=dtype) for x, width in ((q, dim), (k, wanted), (v, value_dim)))
     _fill_rest(dq, segments, 0.0, lambda run: run.queries)
     for target in (dk, dv):

@@ -34,8 +34,9 @@ def diagonal_scan(
 
     x [B, T, C], floating; log_decay (at most 0), b, c [C, N]; h0 [B, C, N], what was before, default 0; reset bool
     [B, T], where a document begins.
-    implementation   "torch"; "triton" (kernels for CUDA devices); "native" (kernels for CPUs, in C++); "reference" (step
-                     by step: for tests). Default: the kernels of the device where they can take the operands, else torch
+    implementation   "torch"; "triton" (kernels for CUDA devices); "native" (kernels for CPUs, in C++); "reference"
+                     (step by step: for tests). Default: the kernels of the device where they can take the operands,
+                     else torch
 
     Returns y [B, T, C] and h [B, C, N] behind the last token, in at least float32 whatever the type of x, also under
     autocast: decays near 1 do not survive 16 bits. Differentiable in x, log_decay, b, c and h0, through y and h. No

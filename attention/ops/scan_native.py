@@ -44,12 +44,10 @@ def scan_backward(
     h0_ = others[-1]
     starts, dy_, dh_ = _bytes(reset), _padded(dy), _padded(dh.mT)
     grads = [torch.empty_like(x_), *(torch.empty_like(h0_) for _ in range(4))]
-    library("scan").scan_backward(
-        *pointers(dy_, dh_, x_, *others, starts), *_sizes(x_, h0_), *pointers(*grads)
-    )
+    library("scan").scan_backward(*pointers(dy_, dh_, x_, *others, starts), *_sizes(x_, h0_), *pointers(*grads))
     dx, dlog_decay, db, dc, dh0 = (t[..., : x.shape[2]] for t in grads)
-    sums = (t.sum(0).mT.contiguous() for t in (dlog_decay, db, dc))
-    return dx.contiguous(), *sums, dh0.mT.contiguous()
+    dlog_decay, db, dc = (t.sum(0).mT.contiguous() for t in (dlog_decay, db, dc))
+    return dx.contiguous(), dlog_decay, db, dc, dh0.mT.contiguous()
 
 
 def _laid_out(x: Tensor, log_decay: Tensor, b: Tensor, c: Tensor, h0: Tensor) -> list[Tensor]:

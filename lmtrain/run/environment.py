@@ -15,9 +15,11 @@ PACKAGES = ("lmtrain", "torch", "triton", "numpy", "deepspeed", "tokenizers", "d
 VARIABLES = (
     "CUBLAS_WORKSPACE_CONFIG",
     "CUDA_VISIBLE_DEVICES",
+    "CXX",
     "LMTRAIN_CACHE",
     "LMTRAIN_DATA",
     "LMTRAIN_FAULT",
+    "LMTRAIN_NATIVE",
     "LOCAL_RANK",
     "MKL_NUM_THREADS",
     "OMP_NUM_THREADS",

@@ -12,7 +12,7 @@ from attention import native
 from attention.lifetimes import FOREVER, Lifetimes, causal, window
 from attention.ops import attend_native
 from attention.ops.attend import attend, attend_reference
-from tests.attention.ops.conftest import LONG_CASES, T
+from tests.attention.ops.conftest import T
 
 REASON = native.why_not("attend")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
@@ -36,7 +36,9 @@ def results(case, function, dtype, **settings):
     mine = dataclasses.replace(case, **tensors, key_bias=bias, gate=gate)
     leaves = [leaf.requires_grad_() for leaf in mine.leaves]
     out, lse = mine.call(function, **settings)
-    score = (out * torch.randn(out.shape)).sum() + (lse.masked_fill(lse == -torch.inf, 0.0) * torch.randn(lse.shape)).sum()
+    score = (out * torch.randn(out.shape)).sum() + (
+        lse.masked_fill(lse == -torch.inf, 0.0) * torch.randn(lse.shape)
+    ).sum()
     return out, lse, *torch.autograd.grad(score, leaves, materialize_grads=True)
 
 

@@ -1,4 +1,4 @@
-"""The C++ kernels of `diagonal_scan` for CPUs: float32 against the recurrence in float64, and what no rounding excuses."""
+"""`diagonal_scan` in C++ for CPUs: float32 against the recurrence in float64, and what no rounding excuses."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def in_float32(leaves):
 
 
 def assert_as_defined(leaves, reset):
-    """To what float32 can tell: a decay q is rounded by 6e-8, and 1 / (1 - q) tokens, here up to 50, share that error."""
+    """As far as float32 can tell: a decay q is rounded by 6e-8, an error shared by 1 / (1 - q) tokens, up to 50."""
     theirs = results(leaves, reset, diagonal_scan_reference)
     torch.manual_seed(2)
     y, h = by_kernel(*(single := in_float32(leaves)), reset)
@@ -44,7 +44,7 @@ def test_any_number_of_channels(channels, numbers):
 
 
 def test_inputs_may_be_views():
-    x, *others = in_float32(operands(70, channels=6))
+    _, *others = in_float32(operands(70, channels=6))
     wide = torch.randn(2, 70, 12)
     expected = by_kernel(wide[..., ::2].contiguous(), *others, None)
     assert all(map(torch.equal, by_kernel(wide[..., ::2], *others, None), expected))
