@@ -79,13 +79,8 @@ def _compiler() -> str:
 def _fingerprint(source: Path, compiler: str) -> str:
     """Of all that decides what is compiled, the processor's abilities included: a home may be shared by machines."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    parts = [
-        *(path.read_text() for path in sorted(HERE.glob("*.h"))),
-        source.read_text(),
-        version,
-        *FLAGS,
-        _abilities(),
-    ]
+    headers = (path.read_text() for path in sorted(HERE.glob("*.h")))
+    parts = [*headers, source.read_text(), compiler, version, *FLAGS, _abilities()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
