@@ -10,6 +10,7 @@
 #include "vectors.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <limits>
 #include <vector>
 

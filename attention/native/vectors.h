@@ -32,8 +32,6 @@ static inline Ints all(int32_t x) { return Ints{} + x; }
 
 static inline Floats larger(Floats x, Floats y) { return x > y ? x : y; }
 
-static inline Floats smaller(Floats x, Floats y) { return x < y ? x : y; }
-
 static inline float sum(Floats x) {
     float total = 0;
     for (int lane = 0; lane < LANES; ++lane) total += x[lane];

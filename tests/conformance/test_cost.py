@@ -22,7 +22,7 @@ def counted_flops(mixer: Mixer, tokens: Tokens) -> float:
 
 @pytest.fixture
 def products_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Torch counts products; where a C++ kernel sums values by code without one, what that costs elsewhere is stated."""
+    """Torch counts products; a C++ kernel sums values by code without one, and what that costs elsewhere is stated."""
     monkeypatch.setattr(codes_native, "takes", lambda v: False)
 
 
