@@ -39,7 +39,7 @@ struct Given {
     int64_t chunks, threads;
     Tensor start, stop;  // [B, G, r, Nk]: the queries that meet a key are start <= i < stop
     Tensor q, k, v, bias, u, tau, out, lse;
-    // Of the backward pass alone; dk, dv, dbias and du are zeros before it.
+    // Of the backward pass alone.
     Tensor dout, dlse, dq, dk, dv, dbias, du, dtau;
 };
 }
@@ -334,6 +334,13 @@ struct Apart {
     std::vector<float> dk, dv, dbias, du;
 };
 
+// Zeros for a key, right before they are added to: so they do not travel to memory and back.
+void begin_sums(const Call& call, int64_t b, int64_t g, int64_t key) {
+    std::fill_n(at(call.dk, b, g, key), call.wanted, 0.0f), std::fill_n(at(call.dv, b, g, key), call.V, 0.0f);
+    if (call.dbias.data) *at(call.dbias, b, g, key) = 0.0f;
+    if (call.du.data) *at(call.du, b, g, key) = 0.0f;
+}
+
 struct Backward {
     explicit Backward(const Call& call)
         : call(call), q_turned(call.D * TILE), q_rows(call.D * TILE), dout_turned(call.V * TILE),
@@ -344,7 +351,8 @@ struct Backward {
     }
 
     // The queries from..to-1 of all heads of a group.
-    void chunk(const Orders& orders, int64_t b, int64_t g, int64_t from, int64_t to, Apart& apart) {
+    // begun [Nk]: whose sums are zeros or more by now.
+    void chunk(const Orders& orders, int64_t b, int64_t g, int64_t from, int64_t to, Apart& apart, char* begun) {
         const int64_t group = call.H / call.G;
         for (int64_t key = 0; from > 0 && key < call.Nk; ++key) {
             bool before = false, later = false;
@@ -364,14 +372,14 @@ struct Backward {
             Walk walk = orders.walk(b, g, r);
             const int32_t *start = orders.start(b, g, r), *stop = orders.stop(b, g, r);
             for (int64_t lo = from; lo < to; lo += TILE)
-                tile(b, g * group + r, lo, walk.move(lo, lo + TILE), start, stop, apart);
+                tile(b, g * group + r, lo, walk.move(lo, lo + TILE), start, stop, apart, begun);
         }
         for (int32_t key : apart.keys) row_of[key] = -1;
     }
 
   private:
     void tile(int64_t b, int64_t h, int64_t lo, const std::vector<int32_t>& list, const int32_t* start,
-              const int32_t* stop, Apart& apart) {
+              const int32_t* stop, Apart& apart, char* begun) {
         const int64_t g = h / (call.H / call.G);
         const int queries = int(std::min<int64_t>(TILE, call.Nq - lo));
         turn(call.q, b, h, lo, queries, call.D, call.scale, q_rows, call.scale * LOG2_E, q_turned);
@@ -390,6 +398,8 @@ struct Backward {
         for (size_t begin = 0; begin < list.size(); begin += BLOCK) {
             const int number = int(std::min<size_t>(BLOCK, list.size() - begin));
             const int32_t* mine = list.data() + begin;
+            for (int w = 0; w < number; ++w)  // its own chunk is the only one that comes here
+                if (row_of[mine[w]] < 0 && !begun[mine[w]]) begin_sums(call, b, g, mine[w]), begun[mine[w]] = 1;
             int filled = point(call.v, b, g, mine, number, rows);
             for (int w = 0; w < filled; w += KEYS)
                 rows_times<false>(call.V, rows + w, dout_turned, TILE, dlogit_rows + w, wide);
@@ -524,6 +534,7 @@ extern "C" void attend_backward(const Given* given, float scale) {
     const Orders orders(call);
     const int64_t heads = call.B * call.G;
     std::vector<Apart> apart(heads * call.chunks);
+    std::vector<char> begun(heads * call.Nk, 0);
 #pragma omp parallel num_threads(call.threads)
     {
         Backward backward(call);
@@ -531,15 +542,18 @@ extern "C" void attend_backward(const Given* given, float scale) {
         for (int64_t task = 0; task < heads * call.chunks; ++task) {
             const int64_t chunk = call.chunks - 1 - task / heads, head = task % heads;
             backward.chunk(orders, head / call.G, head % call.G, bound(call, chunk), bound(call, chunk + 1),
-                           apart[head * call.chunks + chunk]);
+                           apart[head * call.chunks + chunk], begun.data() + head * call.Nk);
         }
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t head = 0; head < heads; ++head)
+        for (int64_t head = 0; head < heads; ++head) {
+            const int64_t b = head / call.G, g = head % call.G;
+            for (int64_t key = 0; key < call.Nk; ++key)  // whom nobody met
+                if (!begun[head * call.Nk + key]) begin_sums(call, b, g, key);
             for (int64_t chunk = 0; chunk < call.chunks; ++chunk) {
                 const Apart& mine = apart[head * call.chunks + chunk];
-                const int64_t b = head / call.G, g = head % call.G;
                 join(mine, mine.dk, call.dk, b, g, call.wanted), join(mine, mine.dv, call.dv, b, g, call.V);
                 join(mine, mine.dbias, call.dbias, b, g, 1), join(mine, mine.du, call.du, b, g, 1);
             }
+        }
     }
 }

@@ -1,10 +1,12 @@
-// What earlier blocks hold of each code, as count and mean value, and the way back: see `code_prefix`.
+// The codes of keys, sums of vectors by code, and what earlier blocks hold of each code: see attention/ops/codes.py.
 //
-// Legend: B examples, G key heads, N blocks of L tokens, S codes, V width of values. Threads take examples, heads and
-// stretches of columns.
+// Legend: B examples, G key heads, T tokens, N blocks of L tokens, S codes, D width of keys, V of values. Threads take
+// examples, heads, and stretches of tokens or columns.
+
+#include "vectors.h"
 
 #include <algorithm>
-#include <cstdint>
+#include <limits>
 #include <vector>
 
 namespace {
@@ -25,7 +27,69 @@ void for_each(const Shape& shape, const Work& work) {
     }
 }
 
+// The number that stands beside the largest value, of equals the least; one that is no number is larger than all.
+inline int32_t first_of_largest(Floats values, Ints numbers) {
+    int best = 0;
+    for (int i = 1; i < LANES; ++i) {
+        const bool none = values[i] != values[i], none_yet = values[best] == values[best];
+        const bool equal = values[i] == values[best] || (none && !none_yet);
+        if (values[i] > values[best] || (none && none_yet) || (equal && numbers[i] < numbers[best])) best = i;
+    }
+    return numbers[best];
+}
+
 }  // namespace
+
+// code [B, G, T]: the number of the code nearest to each key k [B, G, T, D], given the steps of k along B, G and T. The
+// codebook lies turned, [G, D, S], S a multiple of 16, with half its squared norms [G, S] beside it, infinite for codes
+// that are none. A product depends on its key and code alone, not on what else is asked for.
+extern "C" void nearest_code(const float* k, const int64_t* steps, const float* codebook, const float* half_norm,
+                             int64_t B, int64_t G, int64_t T, int64_t D, int64_t S, int64_t threads, int32_t* code) {
+    constexpr int64_t STRETCH = 512;
+    const int64_t stretches = (T + STRETCH - 1) / STRETCH;
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+    for (int64_t task = 0; task < B * G * stretches; ++task) {
+        const int64_t row = task / stretches, g = row % G, first = task % stretches * STRETCH;
+        const float* keys = k + row / G * steps[0] + g * steps[1];
+        const int64_t end = std::min(T, first + STRETCH);
+        for (int64_t t = first; t < end; t += QUERIES) {
+            const float* of[QUERIES];
+            for (int i = 0; i < QUERIES; ++i) of[i] = keys + std::min(t + i, end - 1) * steps[2];
+            Floats best[QUERIES];
+            Ints which[QUERIES];
+            for (int i = 0; i < QUERIES; ++i) best[i] = all(-std::numeric_limits<float>::infinity()), which[i] = count();
+            for (int64_t s = 0; s < S; s += LANES) {
+                // (|k|^2 - |k - C|^2) / 2, of the same order as the distances turned round
+                Floats near[QUERIES] = {};
+                const float* column = codebook + g * D * S + s;
+                for (int64_t d = 0; d < D; ++d, column += S) {
+                    const Floats codes = load(column);
+                    for (int i = 0; i < QUERIES; ++i) near[i] += of[i][d] * codes;
+                }
+                const Ints number = count() + int32_t(s);
+                for (int i = 0; i < QUERIES; ++i) {
+                    near[i] -= load(half_norm + g * S + s);
+                    const Ints better = (near[i] > best[i]) | ((near[i] != near[i]) & (best[i] == best[i]));
+                    best[i] = better ? near[i] : best[i], which[i] = better ? number : which[i];
+                }
+            }
+            for (int i = 0; i < QUERIES && t + i < end; ++i) code[row * T + t + i] = first_of_largest(best[i], which[i]);
+        }
+    }
+}
+
+// How many of the tokens have each code, count [R, S], and the sums of their vectors x [R, T, V], sums [R, S, V]; both
+// are zeros before.
+extern "C" void code_sums(const int32_t* code, const float* x, int64_t R, int64_t T, int64_t S, int64_t V,
+                          int64_t threads, float* count, float* sums) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t row = 0; row < R; ++row)
+        for (int64_t token = row * T; token < (row + 1) * T; ++token) {
+            const int64_t place = row * S + code[token];
+            count[place] += 1;
+            for (int64_t d = 0; d < V; ++d) sums[place * V + d] += x[token * V + d];
+        }
+}
 
 // code [B, G, N, L], v [.., V]; goes_on, whole [B, N]; count, old, new [B, G, N, S], mean [.., V]. Of the first block
 // count and mean are given.

@@ -64,9 +64,9 @@ def attend_backward(
     wanted = x.k.shape[-1] - fixed
 
     dq = empty_heads_last(q, q.shape[-1])
-    dk, dv = (empty_heads_last(k, width).zero_() for width in (wanted + -wanted % MULTIPLE, v.shape[-1]))
+    dk, dv = (empty_heads_last(k, width) for width in (wanted + -wanted % MULTIPLE, v.shape[-1]))
     dbias, du = (
-        None if t is None else empty_heads_last(k, dtype=q.dtype).zero_() for t in (x.bias if wants_bias else None, x.u)
+        None if t is None else empty_heads_last(k, dtype=q.dtype) for t in (x.bias if wants_bias else None, x.u)
     )
     dtau = None if x.tau is None else empty_heads_last(q, dtype=q.dtype)
     grads = (dq, dk, dv, dbias, du, dtau)

@@ -29,6 +29,8 @@ def vq_assign(k: Tensor, codebook: Tensor) -> Tensor:
     """
     wide = _wide(torch.promote_types(k.dtype, codebook.dtype))
     k, codebook = k.to(wide), codebook.to(wide)
+    if codes_native.takes(k):
+        return codes_native.nearest_code(k, codebook)
     nearest = torch.empty(k.shape[:3], dtype=torch.int32, device=k.device)
     at_once = max(1, DISTANCES // max(1, k.shape[0] * codebook.shape[0] * codebook.shape[1]))
     with torch.autocast(k.device.type, enabled=False):
@@ -66,8 +68,10 @@ def code_sums(code: Tensor, x: Tensor, codes: int) -> tuple[Tensor, Tensor]:
     """How many of the tokens have each code, [..., S], and the sums of their vectors, [..., S, D].
 
     code int [..., T], x [..., T, D]; both in x's type. A product, not a scattered sum: its order is fixed on every
-    device.
+    device. (The C++ kernel adds token by token.)
     """
+    if codes_native.takes(x):
+        return codes_native.code_sums(code, x, codes)
     member = x.new_zeros(*code.shape, codes).scatter_(-1, code[..., None].long(), 1.0)
     return member.sum(-2), member.mT @ x
 

@@ -1,6 +1,6 @@
-"""The prefix of codes by the C++ kernels for CPUs.
+"""Codes, sums by code and their prefix by the C++ kernels for CPUs.
 
-Legend of shapes: B batch, G key heads, N blocks of L tokens, S codes, Dv width of values.
+Legend of shapes: B batch, G key heads, T tokens, N blocks of L tokens, S codes, D width of keys, Dv of values.
 """
 
 from __future__ import annotations
@@ -8,14 +8,41 @@ from __future__ import annotations
 import ctypes
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from attention.native import library, pointers, sizes, why_not
 
+MULTIPLE = 16  # of codes: a register of floats on the widest processor
+
 
 def takes(v: Tensor) -> bool:
-    """Whether the kernels are there, for values in float32 on a CPU."""
+    """Whether the kernels are there, for vectors in float32 on a CPU."""
     return v.device.type == "cpu" and v.dtype == torch.float32 and why_not("codes") is None
+
+
+def nearest_code(k: Tensor, codebook: Tensor) -> Tensor:
+    """`codes.vq_assign` of k [B, G, T, D] and the codebook [G, S, D]."""
+    k = k if k.stride(-1) == 1 else k.contiguous()
+    missing = -codebook.shape[1] % MULTIPLE
+    turned = F.pad(codebook.mT, (0, missing)).contiguous()
+    half_norm = F.pad(codebook.square().sum(-1) / 2, (0, missing), value=torch.inf)
+    code = torch.empty(k.shape[:3], dtype=torch.int32)
+    steps = (ctypes.c_int64 * 3)(*k.stride()[:3])
+    counts = sizes(*k.shape, turned.shape[2], torch.get_num_threads())
+    at = ctypes.c_void_p(k.data_ptr())  # rows of a larger tensor, perhaps
+    library("codes").nearest_code(at, steps, *pointers(turned, half_norm), *counts, *pointers(code))
+    return code
+
+
+def code_sums(code: Tensor, x: Tensor, codes: int) -> tuple[Tensor, Tensor]:
+    """`codes.code_sums` of code [..., T] and x [..., T, D]."""
+    code, x = code.to(torch.int32).contiguous(), x.contiguous()
+    count, sums = x.new_zeros(*code.shape[:-1], codes), x.new_zeros(*code.shape[:-1], codes, x.shape[-1])
+    tokens = code.shape[-1]
+    counts = sizes(code.numel() // max(1, tokens), tokens, codes, x.shape[-1], torch.get_num_threads())
+    library("codes").code_sums(*pointers(code, x), *counts, *pointers(count, sums))
+    return count, sums
 
 
 def code_prefix_forward(

@@ -14,6 +14,14 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+needs_kernels = pytest.mark.skipif(native.why_not("codes") is not None, reason=str(native.why_not("codes")))
+
+
+def whole_numbers(*shape: int, seed: int = 0) -> Tensor:
+    """Of which float32 knows every product and sum."""
+    return torch.randint(-4, 5, shape, generator=torch.Generator().manual_seed(seed)).float()
+
+
 # Assignment
 
 
@@ -31,6 +39,33 @@ def test_in_parts_as_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = vq_assign(k, codebook)
     monkeypatch.setattr("attention.ops.codes.DISTANCES", 7 * 2 * 3 * CODES)
     assert torch.equal(vq_assign(k, codebook), expected)
+
+
+@needs_kernels
+@pytest.mark.parametrize(("tokens", "codes", "width"), [(1, 1, 1), (7, 3, 5), (513, 16, 8), (1030, 70, 33)])
+def test_kernels_choose_exactly(tokens: int, codes: int, width: int) -> None:
+    """Whole numbers, so that many distances are equal and none is rounded; heads that lie side by side in memory."""
+    k = whole_numbers(2, tokens, 3, 2 * width).transpose(1, 2)[..., width:]
+    codebook = whole_numbers(3, codes, width, seed=1)
+    distance = (k[:, :, :, None].double() - codebook[None, :, None].double()).square().sum(-1)
+    lowest = (distance == distance.amin(-1, keepdim=True)).long().argmax(-1)
+    assert torch.equal(vq_assign(k, codebook).long(), lowest)
+
+
+@needs_kernels
+def test_a_code_depends_on_its_key_alone() -> None:
+    """In decoding, one token at a time, it must be that of training: to the bit, near ties too."""
+    k, codebook = drawn(2, 3, 40, 64).float(), drawn(3, 50, 64, seed=1).float()
+    alone = torch.cat([vq_assign(k[:, :, t : t + 1], codebook) for t in range(40)], 2)
+    assert torch.equal(alone, vq_assign(k, codebook))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_code_that_is_no_number_is_nearest(dtype: torch.dtype) -> None:
+    """So it shows: the first of them is looked up."""
+    k, codebook = drawn(1, 1, 5, 4).to(dtype), drawn(1, 40, 4, seed=1).to(dtype)
+    codebook[0, [21, 7]] = torch.nan
+    assert vq_assign(k, codebook).tolist() == [[[7] * 5]]
 
 
 def test_of_equals_the_lowest() -> None:
@@ -64,6 +99,14 @@ def test_sums_by_code() -> None:
         for entry in range(CODES):
             expected = x[row, 0, code[row, 0] == entry].sum(0)
             torch.testing.assert_close(total[row, 0, entry], expected, rtol=0, atol=1e-14)
+
+
+@needs_kernels
+def test_sums_by_code_in_float32() -> None:
+    code = torch.randint(CODES, (2, 3, 300), generator=torch.Generator().manual_seed(1))
+    x = whole_numbers(2, 3, 300, 9)
+    for ours, exact in zip(code_sums(code, x, CODES), code_sums(code, x.double(), CODES), strict=True):
+        assert torch.equal(ours.double(), exact)
 
 
 # Prefix
@@ -142,7 +185,7 @@ def test_prefix_is_its_definition(fresh: list, whole: list, carried: bool) -> No
     assert not count[..., -1].any() or carried  # nobody has the last code
 
 
-@pytest.mark.skipif(native.why_not("codes") is not None, reason=str(native.why_not("codes")))
+@needs_kernels
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("carried", [False, True], ids=["from the start", "carried"])
 @pytest.mark.parametrize(("fresh", "whole"), FLAGS.values(), ids=FLAGS.keys())
