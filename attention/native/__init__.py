@@ -35,10 +35,13 @@ def library(name: str) -> ctypes.CDLL:
         raise UnavailableError(f"the C++ kernels are switched off by {SWITCH}=0")
     compiler = _compiler()
     source = HERE / f"{name}.cpp"
-    target = folder() / f"{name}-{_fingerprint(source, compiler)}.so"
-    if not target.exists():
-        _compile(source, compiler, target)
-    return ctypes.CDLL(str(target))
+    try:
+        target = _own_folder() / f"{name}-{_fingerprint(source, compiler)}.so"
+        if not target.exists():
+            _compile(source, compiler, target)
+        return ctypes.CDLL(str(target))
+    except (OSError, RuntimeError) as error:  # RuntimeError: of a user without a home
+        raise UnavailableError(f"the C++ kernels cannot be kept: {error}; set XDG_CACHE_HOME") from error
 
 
 @cache
@@ -65,6 +68,16 @@ def sizes(*values: int) -> list[ctypes.c_int64]:
 def folder() -> Path:
     """Where compiled kernels are kept."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lmtrain" / "native"
+
+
+def _own_folder() -> Path:
+    """That folder, made if missing. What lies there is executed: nobody else may write to it."""
+    here = folder()
+    here.mkdir(parents=True, exist_ok=True, mode=0o700)
+    found = here.stat()
+    if found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise UnavailableError(f"the C++ kernels cannot be kept in {here}: others may write there")
+    return here
 
 
 def _compiler() -> str:
@@ -94,20 +107,15 @@ def _abilities() -> str:
 
 def _compile(source: Path, compiler: str, target: Path) -> None:
     """By one process at a time, and into place in one step."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with open(target.parent / "lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if target.exists():
-                return
-            with tempfile.TemporaryDirectory(dir=target.parent) as here:
-                made = Path(here) / target.name
-                done = subprocess.run(
-                    [compiler, *FLAGS, "-o", str(made), str(source)], capture_output=True, text=True, check=False
-                )
-                if done.returncode:
-                    first = next((x for x in done.stderr.splitlines() if "error" in x), done.stderr.strip())
-                    raise UnavailableError(f"the C++ kernels cannot be compiled by {compiler}: {first}")
-                made.replace(target)
-    except OSError as error:
-        raise UnavailableError(f"the C++ kernels have no place to lie in: {error}") from error
+    with open(target.parent / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if target.exists():
+            return
+        with tempfile.TemporaryDirectory(dir=target.parent) as here:
+            made = Path(here) / target.name
+            command = [compiler, *FLAGS, "-o", str(made), str(source)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                first = next((x for x in done.stderr.splitlines() if "error" in x), done.stderr.strip())
+                raise UnavailableError(f"the C++ kernels cannot be compiled by {compiler}: {first}")
+            made.replace(target)

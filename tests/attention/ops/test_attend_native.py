@@ -199,7 +199,7 @@ except ValueError as error:
         ("LMTRAIN_NATIVE", "0", "switched off by LMTRAIN_NATIVE=0"),
         ("CXX", "no-such-compiler", "no-such-compiler is not on this machine"),
         ("CXX", "false", "cannot be compiled by"),
-        ("XDG_CACHE_HOME", "/dev/null", "no place to lie in"),
+        ("XDG_CACHE_HOME", "/dev/null", "cannot be kept: "),
     ],
 )
 def test_without_them_torch_computes_and_the_reason_is_told(variable, value, expected, tmp_path):
@@ -211,6 +211,23 @@ def test_without_them_torch_computes_and_the_reason_is_told(variable, value, exp
     assert shape == "(1, 1, 40, 16)"
     assert expected in reason
     assert expected in error
+
+
+def test_a_folder_that_others_may_write_to_is_not_trusted(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native.folder().mkdir(parents=True)
+    native.folder().chmod(0o777)
+    with pytest.raises(native.UnavailableError, match="others may write there"):
+        native.library.__wrapped__("attend")
+
+
+def test_a_user_without_a_home_is_told(monkeypatch):
+    def nowhere():
+        raise RuntimeError("could not determine home directory")
+
+    monkeypatch.setattr(native, "folder", nowhere)
+    with pytest.raises(native.UnavailableError, match="could not determine home directory; set XDG_CACHE_HOME"):
+        native.library.__wrapped__("attend")
 
 
 def test_empty_lists():
