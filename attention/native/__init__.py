@@ -21,6 +21,7 @@ from torch import Tensor
 
 HERE = Path(__file__).parent
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+MULTIPLE = 16  # of widths, channels, codes that kernels take: the floats of a register on the widest processor
 SWITCH = "LMTRAIN_NATIVE"  # 0: do without
 
 

@@ -242,6 +242,13 @@ int point(const Tensor& x, int64_t b, int64_t g, const int32_t* list, int number
     return filled;
 }
 
+// to[w] = x[w] times what was turned, for the rows of x at `list`, of `depth` columns; `rows` points to them behind it.
+void products(const Tensor& x, int64_t b, int64_t g, const int32_t* list, int number, int64_t depth, const float* turned,
+              const float** rows, float* const* to, int wide) {
+    const int filled = point(x, b, g, list, number, rows);
+    for (int w = 0; w < filled; w += KEYS) rows_times<false>(int(depth), rows + w, turned, TILE, to + w, wide);
+}
+
 struct Forward {
     explicit Forward(const Call& call)
         : call(call), turned(call.D * TILE), logits((BLOCK + KEYS) * TILE), average(TILE * call.V) {
@@ -262,9 +269,7 @@ struct Forward {
         for (size_t begin = 0; begin < list.size(); begin += BLOCK) {
             const int number = int(std::min<size_t>(BLOCK, list.size() - begin));
             const int32_t* mine = list.data() + begin;
-            const int filled = point(call.k, b, g, mine, number, rows);
-            for (int w = 0; w < filled; w += KEYS)
-                rows_times<false>(call.D, rows + w, turned, TILE, logit_rows + w, wide);
+            products(call.k, b, g, mine, number, call.D, turned, rows, logit_rows, wide);
             pairs.read(call, mine, number, b, g, start, stop, lo, queries);
             if (call.u.data)
                 weigh<true>(number, wide);
@@ -400,12 +405,8 @@ struct Backward {
             const int32_t* mine = list.data() + begin;
             for (int w = 0; w < number; ++w)  // its own chunk is the only one that comes here
                 if (row_of[mine[w]] < 0 && !begun[mine[w]]) begin_sums(call, b, g, mine[w]), begun[mine[w]] = 1;
-            int filled = point(call.v, b, g, mine, number, rows);
-            for (int w = 0; w < filled; w += KEYS)
-                rows_times<false>(call.V, rows + w, dout_turned, TILE, dlogit_rows + w, wide);
-            point(call.k, b, g, mine, number, rows);
-            for (int w = 0; w < filled; w += KEYS)
-                rows_times<false>(call.D, rows + w, q_turned, TILE, weight_rows + w, wide);
+            products(call.v, b, g, mine, number, call.V, dout_turned, rows, dlogit_rows, wide);
+            products(call.k, b, g, mine, number, call.D, q_turned, rows, weight_rows, wide);
             pairs.read(call, mine, number, b, g, start, stop, lo, queries);
             if (call.u.data)
                 differentiate<true>(number, wide);

@@ -14,7 +14,7 @@ constexpr int64_t CHUNK = 64;  // tokens, whose states the backward pass holds a
 
 struct Parameters {
     const float *decay, *b, *c;
-    int64_t B, T, C, N;
+    int64_t T, C, N;
 };
 
 // The state of LANES channels of one example, [N][LANES].
@@ -107,7 +107,7 @@ void backward(const Parameters& given, const float* x, const float* dy, const ui
 extern "C" void scan_forward(const float* x, const float* decay, const float* b, const float* c, const float* h0,
                              const uint8_t* reset, int64_t B, int64_t T, int64_t C, int64_t N, int64_t threads, float* y,
                              float* h) {
-    const Parameters given{decay, b, c, B, T, C, N};
+    const Parameters given{decay, b, c, T, C, N};
 #pragma omp parallel for num_threads(threads) collapse(2) schedule(dynamic, 1)
     for (int64_t example = 0; example < B; ++example)
         for (int64_t channel = 0; channel < C; channel += LANES) {
@@ -125,7 +125,7 @@ extern "C" void scan_backward(const float* dy, const float* dh, const float* x, 
                               const float* c, const float* h0, const uint8_t* reset, int64_t B, int64_t T, int64_t C,
                               int64_t N, int64_t threads, float* dx, float* dlog_decay, float* db, float* dc,
                               float* dh0) {
-    const Parameters given{decay, b, c, B, T, C, N};
+    const Parameters given{decay, b, c, T, C, N};
 #pragma omp parallel for num_threads(threads) collapse(2) schedule(dynamic, 1)
     for (int64_t example = 0; example < B; ++example)
         for (int64_t channel = 0; channel < C; channel += LANES) {

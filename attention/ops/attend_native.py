@@ -13,13 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attention.lifetimes import Lifetimes
-from attention.native import library
+from attention.native import MULTIPLE, library
 from attention.native import why_not as why_none
 from attention.ops.attend_operands import Gradients, Operands, empty_heads_last
 from attention.ops.attend_route import Route, find_route
 from attention.ops.attend_segments import segments_backward, segments_forward
 
-MULTIPLE = 16  # of head widths: a register of floats on the widest processor
 TILE = 64  # queries, as in attend.cpp
 TASKS = 64  # over all heads: enough for the threads to share them evenly
 SUMS = 16  # backward: what chunks of queries add to the same key is summed apart

@@ -11,9 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attention.native import library, pointers, sizes, why_not
-
-MULTIPLE = 16  # of codes: a register of floats on the widest processor
+from attention.native import MULTIPLE, library, pointers, sizes, why_not
 
 
 def takes(v: Tensor) -> bool:

@@ -11,10 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attention.native import library, pointers, sizes
+from attention.native import MULTIPLE, library, pointers, sizes
 from attention.native import why_not as why_none
-
-MULTIPLE = 16  # of channels: a register of floats on the widest processor
 
 
 def why_not(x: Tensor, b: Tensor) -> str | None:

@@ -18,22 +18,22 @@ REASON = native.why_not("attend")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 
-def in_float32(case):
-    def single(x):
-        return x if x is None else x.float()
+def converted(case, dtype):
+    def to(x):
+        return x if x is None else x.to(dtype)
 
-    gate = None if case.gate is None else tuple(map(single, case.gate))
-    tensors = {"q": single(case.q), "k": single(case.k), "v": single(case.v), "key_bias": single(case.key_bias)}
-    return dataclasses.replace(case, **tensors, gate=gate)
+    gate = None if case.gate is None else tuple(map(to, case.gate))
+    return dataclasses.replace(case, q=to(case.q), k=to(case.k), v=to(case.v), key_bias=to(case.key_bias), gate=gate)
+
+
+def in_float32(case):
+    return converted(case, torch.float32)
 
 
 def results(case, function, dtype, **settings):
     """out, lse and the gradients of all leaves, in a fixed direction."""
     torch.manual_seed(1)
-    tensors = {name: getattr(case, name).to(dtype) for name in ("q", "k", "v")}
-    bias = None if case.key_bias is None else case.key_bias.to(dtype)
-    gate = None if case.gate is None else tuple(t.to(dtype) for t in case.gate)
-    mine = dataclasses.replace(case, **tensors, key_bias=bias, gate=gate)
+    mine = converted(case, dtype)
     leaves = [leaf.requires_grad_() for leaf in mine.leaves]
     out, lse = mine.call(function, **settings)
     score = (out * torch.randn(out.shape)).sum() + (
